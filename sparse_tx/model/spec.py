@@ -1,0 +1,119 @@
+"""What a model is, as plain numbers: enough to build it again from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparse_tx.attention.api import BACKENDS
+from sparse_tx.attention.heads import layer_patterns
+from sparse_tx.attention.patterns import Pattern
+
+VOCABULARY = 256  # bytes
+DATA_KINDS = ("image", "text", "audio")
+RECOMPUTE = ("none", "attention", "block")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The patterns of a model, by name and numbers: see `sparse_tx.attention.heads.layer_patterns`."""
+
+    name: str
+    stride: int | None = None
+    c: int | None = None
+    reach: int | None = None
+    global_tokens: int | None = None
+    combine: str = "merged"
+    order: tuple[str, ...] | None = None
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A Sparse Transformer. qk is the width of queries and keys over all heads; ff the inner width of the feed-forward.
+
+    kind ("image", "text", "audio") decides the position tables: rows, columns and channels of an image; rows and
+    columns of a matrix of width stride otherwise. Raises ValueError for numbers that do not fit together.
+    """
+
+    kind: str
+    context: int
+    layers: int
+    width: int
+    heads: int
+    qk: int
+    ff: int
+    attention: AttentionSpec
+    dropout: float = 0.0
+    recompute: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("context", "layers", "width", "heads", "qk", "ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_key(name)}={getattr(self, name)}: it must be at least 1")
+        for name in ("width", "qk"):
+            if getattr(self, name) % self.heads:
+                raise ValueError(
+                    f"model.heads={self.heads} does not divide model.{name}={getattr(self, name)}: "
+                    f"use a number of heads that divides it, such as {_divisor(getattr(self, name), self.heads)}"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"model.recompute={self.recompute!r} is not known: use one of {', '.join(RECOMPUTE)}")
+        if self.kind not in DATA_KINDS:
+            raise ValueError(f"data.kind={self.kind!r} is not known: use one of {', '.join(DATA_KINDS)}")
+        if self.attention.backend not in BACKENDS:
+            raise ValueError(
+                f"attention.backend={self.attention.backend!r} is not known: use one of {', '.join(BACKENDS)}"
+            )
+        if self.kind == "image" and 3 * math.isqrt(self.context // 3) ** 2 != self.context:
+            raise ValueError(
+                f"data.context={self.context} is not a square RGB image: give 3 x side x side bytes, such as 3072"
+            )
+        self.patterns()
+
+    def patterns(self) -> list[tuple[Pattern, ...]]:
+        """Patterns by layer and head."""
+        a = self.attention
+        return layer_patterns(
+            a.name,
+            layers=self.layers,
+            heads=self.heads,
+            stride=a.stride,
+            c=a.c,
+            reach=a.reach,
+            global_tokens=a.global_tokens,
+            combine=a.combine,
+            order=a.order,
+            image=self.kind == "image",
+        )
+
+    def position_shape(self) -> tuple[int, ...]:
+        """Axes of the learned position tables; their product is at least the context."""
+        if self.kind == "image":
+            side = math.isqrt(self.context // 3)
+            return side, side, 3
+        width = self.attention.stride or math.isqrt(self.context - 1) + 1
+        width = min(width, self.context)
+        return -(-self.context // width), width
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> ModelSpec:
+        """From what `plain` gave."""
+        attention = dict(plain["attention"])
+        attention["order"] = None if attention["order"] is None else tuple(attention["order"])
+        return cls(**{**plain, "attention": AttentionSpec(**attention)})
+
+
+def _key(name: str) -> str:
+    return f"data.{name}" if name == "context" else f"model.{name}"
+
+
+def _divisor(width: int, near: int) -> int:
+    return min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: abs(h - near))
