@@ -9,19 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
-
-
-def _mix(x: Tensor, inject: Tensor | int = 0) -> Tensor:
-    """A 32-bit finaliser with full avalanche (multipliers found by hash-prospector, C. Wellons 2018).
-
-    In int64 with both multipliers below 2^31 no product overflows, which would be undefined in compiled C++.
-    """
-    x = x ^ (x >> 16)
-    x = ((x * 0x21F0AAAD) + inject) & _MASK32
-    x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & _MASK32
-    return x ^ (x >> 15)
+from sparse_tx.model.counter import MASK32, mix
 
 
 def dropout_keys(seed: int, step: Tensor, rows: Tensor, layers: int) -> Tensor:
@@ -30,9 +18,9 @@ def dropout_keys(seed: int, step: Tensor, rows: Tensor, layers: int) -> Tensor:
     step: () int64. rows: (B,) int64, each row's index in the batch over all ranks.
     """
     sites = torch.arange(layers * 2, device=rows.device).view(layers, 2, 1)
-    key = _mix(_mix(step + (seed & _MASK32)) ^ (seed >> 32 & _MASK32))
-    key = _mix(_mix(key + sites) + rows)  # (layers, 2, B)
-    return torch.stack([key, _mix(key + 0x9E3779B9)], -1)
+    key = mix(mix(step + (seed & MASK32)) ^ (seed >> 32 & MASK32))
+    key = mix(mix(key + sites) + rows)  # (layers, 2, B)
+    return torch.stack([key, mix(key + 0x9E3779B9)], -1)
 
 
 def counter_dropout(x: Tensor, key: Tensor, p: float) -> Tensor:
@@ -44,7 +32,7 @@ def _drop(x: Tensor, key: Tensor, p: float) -> Tensor:
     _, S, C = x.shape
     element = torch.arange(S * C, device=x.device).view(1, S, C)
     first, second = key[:, 0, None, None], key[:, 1, None, None]
-    keep = _mix(element ^ first, second) >= int(p * 2**32)
+    keep = mix(element ^ first, second) >= int(p * 2**32)
     return torch.where(keep, x * (1 / (1 - p)), 0.0)
 
 

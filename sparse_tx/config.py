@@ -1,0 +1,388 @@
+"""The schema of every command's config, and its validation: Hydra and OmegaConf stop here.
+
+`training`, `evaluating` and `sampling` take what `hydra.compose` gives and return plain dataclasses, or raise a
+`UserError` that names the key, the value seen and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparse_tx.attention.heads import KINDS
+from sparse_tx.data.spec import DataSpec
+from sparse_tx.errors import UserError
+from sparse_tx.model.spec import AttentionSpec, ModelSpec
+
+SPLITS = ("train", "validation", "test")
+WEIGHTS = ("ema", "live")
+
+
+@dataclass
+class TwinConfig:
+    context: int = MISSING
+    stride: int = MISSING
+    c: int = MISSING
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    kind: str = MISSING
+    root: str = "data"
+    source: str | None = None
+    context: int = MISSING
+    stride: int | None = None
+    c: int | None = None
+    batch_size: int = MISSING
+    workers: int = 0
+    limit: int | None = None
+    unreadable: str = "refuse"
+    synthetic: bool = False
+    overfit: bool = False
+    twin: TwinConfig = field(default_factory=TwinConfig)
+
+    def spec(self) -> DataSpec:
+        return DataSpec(
+            name=self.name,
+            kind=self.kind,
+            context=self.context,
+            root=self.root,
+            source=self.source,
+            unreadable=self.unreadable,
+            synthetic=self.synthetic,
+        )
+
+
+@dataclass
+class AttentionConfig:
+    name: str = MISSING
+    stride: int | None = None
+    c: int | None = None
+    reach: int | None = None
+    global_tokens: int | None = None
+    combine: str = "merged"
+    order: list[str] | None = None
+    backend: str = "auto"
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    layers: int = MISSING
+    width: int = MISSING
+    heads: int = MISSING
+    qk: int = MISSING
+    ff: int = MISSING
+    dropout: float = 0.0
+    recompute: str = "none"
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = MISSING
+    lr: float = MISSING
+    warmup: int | None = None
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.95
+    clip: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    accelerator: str = "auto"
+    devices: str = "1"
+    strategy: str = "auto"
+    precision: str = "auto"
+    compile: str = "auto"
+    max_steps: int = MISSING
+    max_time: str | None = None
+    ema_decay: float = 0.999
+
+
+@dataclass
+class CsvConfig:
+    pass
+
+
+@dataclass
+class WandbConfig:
+    project: str = "sparse-tx"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    offline: bool | None = None
+
+
+@dataclass
+class TensorboardConfig:
+    pass
+
+
+@dataclass
+class LoggerConfig:
+    csv: CsvConfig | None = None
+    wandb: WandbConfig | None = None
+    tensorboard: TensorboardConfig | None = None
+
+
+@dataclass
+class CallbacksConfig:
+    log_every: int = 20
+    validate_every: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 2
+
+
+@dataclass
+class ScoringConfig:
+    min_context: int = 0
+    batch_size: int | None = None
+
+
+@dataclass
+class TrainConfig:
+    """Everything that a training run is made of."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig | None = None
+    callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
+    evaluation: ScoringConfig = field(default_factory=ScoringConfig)
+    seed: int = 1
+    name: str = MISSING
+    output: str = "outputs"
+    resume: str | None = None
+    dry_run: bool = False
+    profile: bool = False
+
+    def model_spec(self) -> ModelSpec:
+        order = self.attention.order
+        attention = {**dataclasses.asdict(self.attention), "order": None if order is None else tuple(order)}
+        model = dataclasses.asdict(self.model)
+        model.pop("name")
+        return ModelSpec(kind=self.data.kind, context=self.data.context, attention=AttentionSpec(**attention), **model)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class DataOverride:
+    root: str | None = None
+    source: str | None = None
+
+
+@dataclass
+class ScoringOverride:
+    min_context: int | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    checkpoint: str = MISSING
+    split: str = "validation"
+    weights: str = "ema"
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int | None = None
+    limit: int | None = None
+    debug: str | None = None
+    data: DataOverride = field(default_factory=DataOverride)
+    evaluation: ScoringOverride = field(default_factory=ScoringOverride)
+
+
+@dataclass
+class SampleConfig:
+    checkpoint: str = MISSING
+    count: int = 16
+    batch_size: int | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 1
+    length: int | None = None
+    prompt: str | None = None
+    format: str | None = None
+    weights: str = "ema"
+    device: str = "auto"
+    output: str | None = None
+    debug: str | None = None
+
+
+def config_folder() -> Path:
+    """The folder of the YAML files: inside an installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"the config files are missing: neither {here / 'configs'} nor {here.parent / 'configs'} has them")
+
+
+def training(cfg: DictConfig) -> TrainConfig:
+    """A composed `train` config, checked whole: each key, each type, and what must fit together."""
+    config = _typed(cfg, TrainConfig)
+    if config.attention.name not in KINDS:
+        raise UserError(f"attention={config.attention.name} is not known: use one of {', '.join(KINDS)}")
+    try:
+        config.model_spec()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _check_name(config.name)
+    data, optimizer, trainer, callbacks = config.data, config.optimizer, config.trainer, config.callbacks
+    _at_least(
+        {
+            "data.batch_size": (data.batch_size, 1),
+            "data.workers": (data.workers, 0),
+            "data.limit": (data.limit, 1),
+            "trainer.max_steps": (trainer.max_steps, 1),
+            "optimizer.warmup": (optimizer.warmup, 0),
+            "optimizer.weight_decay": (optimizer.weight_decay, 0),
+            "callbacks.log_every": (callbacks.log_every, 1),
+            "callbacks.validate_every": (callbacks.validate_every, 1),
+            "callbacks.checkpoint_every": (callbacks.checkpoint_every, 1),
+            "callbacks.keep": (callbacks.keep, 1),
+            "evaluation.batch_size": (config.evaluation.batch_size, 1),
+        }
+    )
+    _one_of("data.unreadable", data.unreadable, ("refuse", "skip"))
+    _one_of("optimizer", optimizer.name, ("adamw", "muon"))
+    _one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
+    _one_of("trainer.strategy", trainer.strategy, ("auto", "ddp"))
+    trainer.precision = _precision("trainer.precision", trainer.precision)
+    trainer.compile = trainer.compile.lower()
+    _one_of("trainer.compile", trainer.compile, ("auto", "true", "false"))
+    if trainer.devices != "auto" and not (trainer.devices.isdigit() and int(trainer.devices) >= 1):
+        raise UserError(f"trainer.devices={trainer.devices}: give a number of at least 1, or auto for all there are")
+    if trainer.max_time is not None and not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", trainer.max_time):
+        raise UserError(f"trainer.max_time={trainer.max_time}: give days, hours, minutes and seconds as 00:00:20:00")
+    for key, value in (("optimizer.lr", optimizer.lr), ("optimizer.clip", optimizer.clip)):
+        if not value > 0:
+            raise UserError(f"{key}={value}: it must be above 0")
+    if not 0 <= trainer.ema_decay < 1:
+        raise UserError(f"trainer.ema_decay={trainer.ema_decay}: it must be at least 0 and below 1")
+    _min_context("evaluation.min_context", config.evaluation.min_context, data.context)
+    return config
+
+
+def evaluating(cfg: DictConfig) -> EvaluateConfig:
+    """A composed `evaluate` config, checked."""
+    config = _typed(cfg, EvaluateConfig)
+    _one_of("split", config.split, SPLITS)
+    _check_checkpoint_keys(config)
+    config.precision = _precision("precision", config.precision)
+    _at_least({"batch_size": (config.batch_size, 1), "limit": (config.limit, 1)})
+    return config
+
+
+def sampling(cfg: DictConfig) -> SampleConfig:
+    """A composed `sample` config, checked."""
+    config = _typed(cfg, SampleConfig)
+    _check_checkpoint_keys(config)
+    _at_least(
+        {
+            "count": (config.count, 1),
+            "batch_size": (config.batch_size, 1),
+            "temperature": (config.temperature, 0),
+            "top_k": (config.top_k, 1),
+            "length": (config.length, 1),
+        }
+    )
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        raise UserError(f"top_p={config.top_p}: it is a share of the probability, above 0 and at most 1")
+    return config
+
+
+Config = TypeVar("Config")
+
+
+def _typed(cfg: DictConfig, schema: type[Config]) -> Config:
+    """Merge into the schema: unknown keys, wrong types and missing values become one line each."""
+    try:
+        given = OmegaConf.to_container(cfg)
+        assert isinstance(given, dict)
+        given.pop("hydra", None)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{missing[0]} is missing: add {missing[0]}=... to the command")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, schema)) from None
+    assert isinstance(config, schema)
+    return config
+
+
+def _explain(error: OmegaConfBaseException, schema: type) -> str:
+    key = str(error.full_key or error.key or "")
+    what = str(error).splitlines()[0]
+    known = sorted(_keys(schema))
+    if key and key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known there: {', '.join(_siblings(key, known))}"
+        return f"{key} is not a key of this config: {hint}"
+    return f"{key}: {what}"
+
+
+def _keys(schema: type, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(schema):
+        keys.append(prefix + f.name)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            keys += _keys(type(default), f"{prefix}{f.name}.")
+    return keys
+
+
+def _siblings(key: str, known: list[str]) -> list[str]:
+    prefix = key.rpartition(".")[0]
+    return [k for k in known if k.rpartition(".")[0] == prefix] or [k for k in known if "." not in k]
+
+
+def _check_checkpoint_keys(config: EvaluateConfig | SampleConfig) -> None:
+    _one_of("weights", config.weights, WEIGHTS)
+    _one_of("device", config.device.partition(":")[0], ("auto", "cpu", "cuda"))
+    if config.debug is not None:
+        _one_of("debug", config.debug, ("fast",))
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
+        raise UserError(f"name={name!r}: it becomes a folder; use letters, digits, dots, _ and - alone")
+
+
+def _min_context(key: str, value: int, context: int) -> None:
+    if not 0 <= value < context:
+        raise UserError(f"{key}={value}: it must be at least 0 and below the context, {context}")
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{key}={value} is not known: use one of {', '.join(known)}")
+
+
+def _at_least(values: dict[str, tuple[float | None, int]]) -> None:
+    for key, (value, least) in values.items():
+        if value is not None and not value >= least:
+            raise UserError(f"{key}={value}: it must be at least {least}")
+
+
+def _precision(key: str, value: str) -> str:
+    names = {"auto": "auto", "32": "32", "32-true": "32", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
+    names |= {"16": "16-mixed", "16-mixed": "16-mixed"}
+    if value not in names:
+        raise UserError(f"{key}={value} is not known: use one of auto, 32, bf16-mixed, 16-mixed")
+    return names[value]

@@ -1,0 +1,1 @@
+"""Evaluation: bits per dim by the protocol of each kind of data, and count models beside them."""

@@ -1,0 +1,40 @@
+"""Bits per dim: the sum of nats over the predicted bytes, divided by their count and by ln 2."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+@dataclass
+class Score:
+    """Sums of nats (float64) and counts, kept apart: they are added over batches and ranks and divided once."""
+
+    nats: Tensor | float = 0.0
+    count: Tensor | int = 0
+
+    def add(self, logits: Tensor, tokens: Tensor, first_scored: Tensor | None = None) -> None:
+        """logits (B, S, V) at i predict tokens (B, S) at i; of each row only positions >= first_scored (B,) count."""
+        nats = cross_entropy(logits.float().flatten(0, 1), tokens.long().flatten(), reduction="none").view(tokens.shape)
+        scored = torch.ones_like(nats, dtype=torch.bool)
+        if first_scored is not None:
+            scored = torch.arange(tokens.shape[1], device=tokens.device) >= first_scored[:, None]
+        self.nats = self.nats + nats.double().masked_fill(~scored, 0.0).sum()
+        self.count = self.count + scored.sum()
+
+    def reduced(self, device: torch.device) -> Score:
+        """The sums over all ranks."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self
+        both = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in (self.nats, self.count)])
+        torch.distributed.all_reduce(both)
+        return Score(both[0], both[1])
+
+    @property
+    def bits_per_dim(self) -> float:
+        count = int(self.count)
+        return float(self.nats) / (count * math.log(2)) if count else math.nan

@@ -1,0 +1,1 @@
+"""Sampling: one byte after the other, and writing images, text and audio."""

@@ -1,0 +1,1 @@
+"""Training: the Lightning module, optimizers, callbacks, and `run`, which puts a run together."""

@@ -1,0 +1,69 @@
+"""The LightningModule: one step, its loss in bits per dim, and the scores of validation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sparse_tx.config import TrainConfig
+from sparse_tx.evaluation.bits import Score
+from sparse_tx.model import Transformer
+from sparse_tx.training.optimizer import build_optimizer, build_schedule, clip_gradients
+
+CHECKPOINT_FORMAT = 1
+
+
+class TrainingModule(LightningModule):
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config.model_spec())
+        self.score = Score()
+
+    def setup(self, stage: str) -> None:
+        wanted = self.config.trainer.compile
+        if wanted == "true" or (wanted == "auto" and self.trainer.strategy.root_device.type == "cuda"):
+            self.model.compile_blocks()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        tokens = batch["tokens"].long()
+        # As a tensor, so that compiled code is not made again for each step.
+        step = torch.tensor(self.global_step, device=tokens.device)
+        logits = self.model(tokens, seed=self.config.seed, step=step, rows=batch["rows"])
+        loss = cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        self.log("train/bits_per_dim", loss.detach() / math.log(2))
+        return loss
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.log("train/gradient_norm", clip_gradients(self.model, self.config.optimizer.clip))
+
+    def on_validation_epoch_start(self) -> None:
+        self.score = Score()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.score.add(self.model(batch["tokens"].long()), batch["tokens"], batch["first_scored"])
+
+    def on_validation_epoch_end(self) -> None:
+        # Sums over ranks, then one division: the log must not average it again.
+        self.log("val/bits_per_dim", self.score.reduced(self.device).bits_per_dim)
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        cuda = self.trainer.strategy.root_device.type == "cuda"
+        # A fused AdamW unscales gradients itself, and would leave none to clip under a loss scale.
+        optimizer = build_optimizer(self.model, config.optimizer, fused=cuda and config.trainer.precision != "16-mixed")
+        scheduler = build_schedule(optimizer, config.optimizer, config.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """All that is needed to build, evaluate and sample the model again, as plain data."""
+        checkpoint["sparse_tx"] = {
+            "format": CHECKPOINT_FORMAT,
+            "model": self.config.model_spec().plain(),
+            "config": self.config.plain(),
+        }
