@@ -30,7 +30,7 @@ class EMA(Callback):
         if not self.average:
             self.average = {n: p.detach().float().clone() for n, p in self._weights(pl_module).items()}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = self._weights(pl_module)
         self.average = {n: t.to(weights[n].device, torch.float32) for n, t in self.average.items()}
         self._step = trainer.global_step

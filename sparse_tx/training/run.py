@@ -37,6 +37,8 @@ H200_FLOPS = 989e12  # dense bf16, by its datasheet
 _NOTICES = (
     ".*does not have many workers.*",
     ".*Experiment logs directory .* exists and is not empty.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",  # those that save, whose settings may differ
+    ".*The dirpath has changed from.*",  # a resumed run has a folder of its own
     ".*isinstance.treespec, LeafSpec.*",
 )
 UTILISATION = 0.2  # assumed where nothing has been measured
@@ -152,6 +154,8 @@ def _conclude(config: TrainConfig, datamodule: DataModule, metrics: dict[str, An
     unit = unit_of(config.data.kind)
     windows = datamodule.evaluation_windows("validation")
     print(f"trained: {metrics['steps']} steps in {clock(progress.seconds)}")
+    if torch.cuda.is_available():
+        print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
     print(f"validation: {windows.scored} bytes in {len(windows)} windows, ema weights")
     for line in reference_lines(datamodule.prepared, windows, "validation", config.attention.name):
         print(line)

@@ -1,0 +1,183 @@
+"""Training runs: exact resume, deadlines, averages, and that one batch can be learnt by heart."""
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_tx import UserError, load
+from sparse_tx.checkpoint import read_checkpoint
+from sparse_tx.config import OptimizerConfig
+from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
+from sparse_tx.training.ema import decay_at
+from sparse_tx.training.optimizer import build_optimizer, schedule, warmup_steps
+
+
+def contents(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same weights, averages and optimizer state, to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def trained_state(path):
+    state = contents(path)
+    return {k: state[k] for k in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step")}
+
+
+def losses(run):
+    with open(Path(run["checkpoint"]).parent.parent / "metrics.csv") as file:
+        rows = [r for r in csv.DictReader(file) if r["train/bits_per_dim"]]
+    return {int(r["step"]): float(r["train/bits_per_dim"]) for r in rows}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("optimizer=adamw", "model.dropout=0.2", "data=cifar10", "attention=strided"),
+        ("optimizer=muon", "data.batch_size=3"),
+    ],
+)
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(trained, settings):
+    whole = trained(*settings, "callbacks.checkpoint_every=2", "callbacks.keep=3", "callbacks.validate_every=4")
+    folder = Path(whole["checkpoint"]).parent
+    for step in (2, 4):
+        resumed = trained(*settings, f"resume={folder / f'step-0000000{step}.ckpt'}", "callbacks.validate_every=4")
+        last = Path(resumed["checkpoint"]).parent / "last.ckpt"
+        assert last.parent != folder
+        assert same(trained_state(last), trained_state(folder / "last.ckpt"))
+        assert resumed["val/bits_per_dim"] == whole["val/bits_per_dim"]
+        assert losses(resumed) == {k: v for k, v in losses(whole).items() if k >= step}
+
+
+def test_a_deadline_ends_with_a_checkpoint_and_auto_resume_goes_on_exactly(trained, capsys):
+    settings = ("trainer.max_steps=300", "callbacks.validate_every=300", "callbacks.checkpoint_every=300")
+    cut = trained(*settings, "trainer.max_time=00:00:00:01")
+    assert 0 < cut["steps"] < 300
+    resumed = trained(*settings, "resume=auto", "trainer.max_time=00:01:00:00")
+    assert f"resume: {cut['checkpoint']}" in capsys.readouterr().out
+    assert resumed["steps"] == 300
+    whole = trained(*settings)
+    assert same(*(trained_state(Path(r["checkpoint"]).parent / "last.ckpt") for r in (resumed, whole)))
+
+
+def test_auto_resume_passes_over_damaged_and_foreign_checkpoints(trained, capsys):
+    trained("seed=2")
+    first = Path(trained()["checkpoint"]).parent
+    for name in ("best.ckpt", "last.ckpt", "step-00000006.ckpt"):
+        (first / name).write_bytes((first / name).read_bytes()[:1000])
+    capsys.readouterr()
+    trained("resume=auto")
+    assert f"resume: {first / 'step-00000003.ckpt'}" in capsys.readouterr().out
+
+
+def test_auto_resume_without_a_checkpoint_starts_fresh_and_says_so(trained, capsys):
+    trained("resume=auto")
+    assert "starting fresh" in capsys.readouterr().out
+
+
+def test_resuming_another_model_is_refused(trained):
+    path = trained()["checkpoint"]
+    with pytest.raises(UserError, match="width is 64 there and 32 here"):
+        trained(f"resume={path}", "model.width=32")
+
+
+def test_one_batch_is_learnt_by_heart(trained):
+    run = trained(
+        "debug=overfit", "data.synthetic=true", "data.context=32", "data.stride=8", "data.c=2", "data.batch_size=2",
+        "data.limit=1", "trainer.max_steps=250", "callbacks.log_every=250", "optimizer.lr=1e-2", "model.width=32",
+        "model.qk=32", "data.workers=0",
+    )  # fmt: skip
+    assert losses(run)[249] < 0.05
+
+
+def test_dropout_and_the_rest_of_a_run_come_from_the_seed_alone(trained):
+    first, second = (trained("model.dropout=0.3") for _ in range(2))
+    other = trained("model.dropout=0.3", "seed=2")
+    assert losses(first) == losses(second) != losses(other)
+
+
+def test_average_follows_its_ramp():
+    assert [decay_at(t, 0.999) for t in (0, 8, 10**6)] == [1 / 10, 9 / 18, 0.999]
+
+
+def test_checkpoints_hold_the_average_of_the_weights_after_each_step(trained):
+    run = trained("trainer.max_steps=3", "callbacks.checkpoint_every=1", "callbacks.keep=3")
+    folder = Path(run["checkpoint"]).parent
+    live = [read_checkpoint(folder / f"step-0000000{k}.ckpt").weights("live") for k in (1, 2, 3)]
+    got = [read_checkpoint(folder / f"step-0000000{k}.ckpt").weights("ema") for k in (1, 2, 3)]
+    for name in got[0]:
+        for t in (1, 2):
+            want = got[t - 1][name].lerp(live[t][name], 1 - decay_at(t, 0.999))
+            torch.testing.assert_close(got[t][name], want)
+
+
+def test_load_gives_the_averaged_or_the_live_weights_in_eval_mode(trained):
+    path = trained()["checkpoint"]
+    ema, live = load(path), load(path, weights="live")
+    tokens = torch.randint(256, (2, 10))
+    assert not ema.training
+    assert ema(tokens).shape == (2, 10, 256)
+    assert not torch.equal(ema(tokens), live(tokens))
+    with pytest.raises(UserError, match="weights=best"):
+        load(path, weights="best")
+
+
+def test_schedule_warms_up_and_falls_to_zero():
+    assert [schedule(t, 10, 110) for t in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert schedule(60, 10, 110) == pytest.approx(0.5)
+    assert schedule(110, 10, 110) == 0
+    assert warmup_steps(OptimizerConfig(), 1000) == 100
+    assert warmup_steps(OptimizerConfig(), 360_000) == 5000
+    assert warmup_steps(OptimizerConfig(warmup=7), 1000) == 7
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_falls_on_matrices_alone_and_every_parameter_has_one_group(name):
+    spec = ModelSpec("text", 16, 2, 16, 2, 16, 32, AttentionSpec("full"))
+    model = Transformer(spec)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=1e-3), fused=False)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    for group in optimizer.param_groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = Transformer(ModelSpec("text", 16, 1, 16, 2, 16, 32, AttentionSpec("full")))
+    torch.nn.init.normal_(model.output.weight)
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=1e-2), fused=False)
+    model(torch.randint(256, (2, 16))).square().mean().backward()
+    optimizer.step()
+    by_muon = {n for n, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
+    matrices = ("attention.qkv", "attention.out", "ff.expand", "ff.contract")
+    assert by_muon == {f"blocks.0.{m}.weight" for m in matrices}
+    assert all("exp_avg" in optimizer.state[p] for n, p in model.named_parameters() if n not in by_muon)
+
+
+def test_compiled_blocks_give_the_losses_of_plain_ones(trained):
+    settings = ("trainer.max_steps=20", "data=cifar10", "attention=strided", "model.dropout=0.1")
+    plain, compiled = (losses(trained(*settings, f"trainer.compile={c}")) for c in ("false", "true"))
+    for step in range(20):
+        assert compiled[step] == pytest.approx(plain[step], rel=1e-4)
+
+
+def test_a_run_leaves_its_config_its_numbers_and_its_checkpoints(trained):
+    run = trained()
+    folder = Path(run["checkpoint"]).parent.parent
+    assert folder.parent == Path("outputs/stdlib-fixed-tiny")
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "checkpoints/best.ckpt"} <= names
+    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-/")
+    assert set("".join(names)) <= allowed
+    assert run["steps"] == 6
+    assert 0 < run["val/bits_per_dim"] < 8.5
+    assert math.isfinite(run["val/bits_per_dim"])
