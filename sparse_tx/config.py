@@ -331,8 +331,10 @@ def _explain(error: OmegaConfBaseException, schema: type) -> str:
     what = str(error).splitlines()[0]
     known = sorted(_keys(schema))
     if key and key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known there: {', '.join(_siblings(key, known))}"
+        siblings = _siblings(key, known)
+        near = difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in siblings], n=1)
+        meant = [k for k in siblings if k.rpartition(".")[2] in near]
+        hint = f"did you mean {meant[0]}?" if meant else f"known there: {', '.join(siblings)}"
         return f"{key} is not a key of this config: {hint}"
     return f"{key}: {what}"
 

@@ -25,4 +25,4 @@ def uniform(seed: int, position: int, samples: Tensor) -> Tensor:
     key = mix(torch.full_like(samples, seed & MASK32))
     key = mix(mix(key ^ (seed >> 32 & MASK32)) ^ (position & MASK32))
     high, low = mix(key + samples), mix(mix(key + 0x9E3779B9) + samples)
-    return (high * 2.0**21 + (low >> 11)) * 2.0**-53
+    return (high.double() * 2**21 + (low >> 11).double()) * 2**-53
