@@ -167,6 +167,7 @@ class TrainConfig:
     resume: str | None = None
     dry_run: bool = False
     profile: bool = False
+    debug: str | None = None
 
     def model_spec(self) -> ModelSpec:
         order = self.attention.order
@@ -280,7 +281,7 @@ def training(cfg: DictConfig) -> TrainConfig:
 
 def evaluating(cfg: DictConfig) -> EvaluateConfig:
     """A composed `evaluate` config, checked."""
-    config = _typed(cfg, EvaluateConfig)
+    config = _typed(cfg, EvaluateConfig, shared="debug" in cfg)
     _one_of("split", config.split, SPLITS)
     _check_checkpoint_keys(config)
     config.precision = _precision("precision", config.precision)
@@ -290,7 +291,7 @@ def evaluating(cfg: DictConfig) -> EvaluateConfig:
 
 def sampling(cfg: DictConfig) -> SampleConfig:
     """A composed `sample` config, checked."""
-    config = _typed(cfg, SampleConfig)
+    config = _typed(cfg, SampleConfig, shared="debug" in cfg)
     _check_checkpoint_keys(config)
     _at_least(
         {
@@ -309,12 +310,18 @@ def sampling(cfg: DictConfig) -> SampleConfig:
 Config = TypeVar("Config")
 
 
-def _typed(cfg: DictConfig, schema: type[Config]) -> Config:
-    """Merge into the schema: unknown keys, wrong types and missing values become one line each."""
+def _typed(cfg: DictConfig, schema: type[Config], *, shared: bool = False) -> Config:
+    """Merge into the schema: unknown keys, wrong types and missing values become one line each.
+
+    shared: the config holds keys of another command too, as a file of the debug group does; they are left out.
+    """
     try:
         given = OmegaConf.to_container(cfg)
         assert isinstance(given, dict)
         given.pop("hydra", None)
+        if shared:
+            known = _keys(schema)
+            given = {k: _only(v, known, f"{k}.") for k, v in given.items() if k in known}
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -347,6 +354,12 @@ def _keys(schema: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(default):
             keys += _keys(type(default), f"{prefix}{f.name}.")
     return keys
+
+
+def _only(value: Any, known: list[str], prefix: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: _only(v, known, f"{prefix}{k}.") for k, v in value.items() if prefix + k in known}
 
 
 def _siblings(key: str, known: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from sparse_tx.config import TrainConfig
 from sparse_tx.errors import UserError
 
 _SHARED = "SPARSE_TX_RUN_FOLDER"  # tells the processes of a run which folder the first one made
-_MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output")
+_MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output", "debug")
 
 
 def new_run_folder(output: str, name: str) -> Path:

@@ -1,0 +1,21 @@
+# Trains on a GPU host:
+#   docker build -t sparse-tx .
+#   docker run --gpus all --shm-size 8g -v "$PWD/data:/work/data" -v "$PWD/outputs:/work/outputs" sparse-tx \
+#       python train.py experiment=cifar10_strided
+# The wheels of torch carry CUDA and Triton; the host gives the driver alone. A C compiler is needed by Triton.
+FROM python:3.12-slim
+
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /work
+COPY pyproject.toml README.md LICENSE ./
+COPY configs configs
+COPY sparse_tx sparse_tx
+COPY train.py evaluate.py sample.py ./
+RUN pip install --no-cache-dir --editable '.[wandb,tensorboard]'
+
+RUN useradd --create-home trainer && mkdir -p data outputs && chown trainer data outputs
+USER trainer
+CMD ["python", "train.py"]

@@ -1,0 +1,116 @@
+"""The scripts as a user runs them: what they print, how they exit, and the README's own commands."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Commands that need what a test has not: a network for the data, or the Weights & Biases package.
+NOT_RUN = ("logger=[csv,wandb]",)
+
+
+def run(command, **changes):
+    """A command line of the README, in the test's folder."""
+    script, *arguments = shlex.split(command.partition("#")[0])[1:]
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, timeout=300, **changes
+    )
+
+
+def one_line_error(result):
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_the_demo_path_trains_evaluates_and_samples_by_the_commands_it_prints():
+    result = run("python train.py debug=fast")
+    assert result.returncode == 0, result.stderr
+    assert "order 0" in result.stdout
+    commands = dict(re.findall(r"^(evaluate|sample): (python .*)$", result.stdout, re.MULTILINE))
+    evaluated, sampled = run(commands["evaluate"]), run(commands["sample"])
+    assert evaluated.returncode == sampled.returncode == 0, evaluated.stderr + sampled.stderr
+    assert re.search(r"^bits/byte: \d\.\d{4}$", evaluated.stdout, re.MULTILINE)
+    files = re.findall(r"^wrote: (.*)$", sampled.stdout, re.MULTILINE)
+    assert len(files) == 4
+    assert all(Path(f).stat().st_size == 64 for f in files)
+
+
+def test_a_sweep_finishes_its_other_members_and_exits_1():
+    result = run("python train.py -m debug=fast attention.c=4,0,2 trainer.max_steps=2")
+    assert result.returncode == 1
+    assert "error: attention.c=0 does not fit attention.stride=16" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(list(Path("outputs").glob("stdlib-fixed-tiny/*/checkpoints/last.ckpt"))) == 2
+
+
+def test_a_sweep_over_several_devices_is_refused_with_the_recipe():
+    result = run("python train.py -m debug=fast trainer.devices=2 seed=1")
+    assert "without -m" in one_line_error(result)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("python train.py data=enwik8 data.source=missing.txt", "missing.txt"),
+        ("python train.py attention.stride=0", "attention.stride=0"),
+        ("python evaluate.py checkpoint=missing.ckpt", "missing.ckpt does not exist"),
+        ("python evaluate.py checkpoint=epoch=0-step=100.ckpt", """'checkpoint="epoch=0-step=100.ckpt"'"""),
+        ("python sample.py", "checkpoint is missing"),
+    ],
+)
+def test_a_mistake_gives_one_line_and_leaves_nothing_behind(command, message):
+    assert message in one_line_error(run(command))
+    assert not Path("outputs").exists()
+
+
+def test_an_unknown_experiment_or_key_names_what_there_is():
+    result = run("python train.py experiment=cifar11")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "cifar11" in result.stderr
+    assert "cifar10_strided" in result.stderr
+    result = run("python train.py model.depth=3")
+    assert result.returncode == 1
+    assert "model.depth" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    commands = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [c for c in commands if c.startswith("python ") and not any(n in c for n in NOT_RUN)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    result = run("python train.py debug=fast trainer.max_steps=2", cwd=folder)
+    return re.search(r"^checkpoint: (.*)$", result.stdout, re.MULTILINE)[1], folder
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_command_of_the_readme_runs_with_debug_fast(command, checkpoint, tmp_path):
+    path, folder = checkpoint
+    (tmp_path / "start.txt").write_bytes(b"def ")
+    command = command.replace("PATH", str(folder / path)).replace("FILE", str(tmp_path / "start.txt"))
+    command = command.replace("=12160", "=32")  # of the twin's 64 bytes
+    result = run(f"{command} debug=fast" if "debug=fast" not in command else command)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readmes_python_runs(checkpoint):
+    path, folder = checkpoint
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    code = code.replace('"PATH"', repr(str(folder / path))).replace("(1, 100)", "(1, 60)")
+    names: dict = {}
+    exec(code, names)
+    assert names["logits"].shape == (1, 60, 256)
+    assert names["out"].shape == (1, 3072, 2, 64)
