@@ -1,5 +1,6 @@
 """The scripts as a user runs them: what they print, how they exit, and the README's own commands."""
 
+import csv
 import re
 import shlex
 import subprocess
@@ -53,6 +54,19 @@ def test_a_sweep_finishes_its_other_members_and_exits_1():
 def test_a_sweep_over_several_devices_is_refused_with_the_recipe():
     result = run("python train.py -m debug=fast trainer.devices=2 seed=1")
     assert "without -m" in one_line_error(result)
+
+
+def test_two_processes_have_the_losses_of_one():
+    shared = "python train.py debug=fast model.dropout=0.2 trainer.accelerator=cpu output="
+    one, two = run(f"{shared}one"), run(f"{shared}two trainer=ddp trainer.devices=2")
+    assert one.returncode == two.returncode == 0, two.stderr
+
+    def numbers(output):
+        (path,) = Path(output).glob("*/*/metrics.csv")
+        with open(path) as file:
+            return [float(r[c] or 0) for r in csv.DictReader(file) for c in ("train/bits_per_dim", "val/bits_per_dim")]
+
+    assert numbers("two") == pytest.approx(numbers("one"), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class TrainingModule(LightningModule):
         step = torch.tensor(self.global_step, device=tokens.device)
         logits = self.model(tokens, seed=self.config.seed, step=step, rows=batch["rows"])
         loss = cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-        self.log("train/bits_per_dim", loss.detach() / math.log(2))
+        self.log("train/bits_per_dim", loss.detach() / math.log(2), sync_dist=True)
         return loss
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
@@ -49,8 +49,8 @@ class TrainingModule(LightningModule):
         self.score.add(self.model(batch["tokens"].long()), batch["tokens"], batch["first_scored"])
 
     def on_validation_epoch_end(self) -> None:
-        # Sums over ranks, then one division: the log must not average it again.
-        self.log("val/bits_per_dim", self.score.reduced(self.device).bits_per_dim)
+        # Sums over ranks, then one division: the same number on all of them, so that their mean is it.
+        self.log("val/bits_per_dim", self.score.reduced(self.device).bits_per_dim, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         config = self.config

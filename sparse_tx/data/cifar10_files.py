@@ -1,0 +1,156 @@
+"""The forms in which CIFAR-10 lies on a disk: parquet files, python batch files, the archive of those."""
+
+import io
+import pickle
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_tx.data.images import decode_rgb
+from sparse_tx.data.progress import Progress
+from sparse_tx.errors import UserError
+
+SIDE = 32
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+TRAIN_BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
+TEST_BATCH = "test_batch"
+
+
+@dataclass(frozen=True)
+class Files:
+    form: str  # "parquet", "batches" or "archive" (one file that holds both splits)
+    train: list[Path]
+    test: list[Path]
+
+    @property
+    def all(self) -> list[Path]:
+        return self.train + self.test
+
+
+def find(path: Path, told: str) -> Files:
+    """What a file or folder holds; `told` is how the user named it."""
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return Files("parquet", [path], [])
+        if path.name.endswith((".tar.gz", ".tgz")):
+            return Files("archive", [path], [])
+        raise UserError(f"data.source={told} is neither *.parquet nor {ARCHIVE}: give one of these or their folder")
+    for pattern in ("train*.parquet", "**/train*.parquet"):
+        if train := sorted(path.glob(pattern)):
+            test = sorted(path.glob(pattern.replace("train", "test")))
+            for files in (train, test):
+                _check_shards(files)
+            return Files("parquet", train, test)
+    for folder in (path, path / FOLDER):
+        there = [name for name in (*TRAIN_BATCHES, TEST_BATCH) if (folder / name).is_file()]
+        if there:
+            if missing := sorted({*TRAIN_BATCHES, TEST_BATCH} - set(there)):
+                raise UserError(f"data.source={told} lacks {', '.join(missing)}: unpack {ARCHIVE} again")
+            return Files("batches", [folder / name for name in TRAIN_BATCHES], [folder / TEST_BATCH])
+    if (path / ARCHIVE).is_file():
+        return Files("archive", [path / ARCHIVE], [])
+    raise UserError(
+        f"data.source={told} holds no CIFAR-10: expected train*.parquet and test*.parquet, "
+        f"{TRAIN_BATCHES[0]} to {TRAIN_BATCHES[-1]} and {TEST_BATCH}, or {ARCHIVE}"
+    )
+
+
+def _check_shards(files: list[Path]):
+    """Every one of NAME-00000-of-00003.parquet and so on."""
+    for path in files:
+        if match := re.search(r"-of-(\d+)\.parquet$", path.name):
+            alike = [other for other in files if other.name.endswith(match[0])]
+            if len(alike) != int(match[1]):
+                raise UserError(f"{path.parent} holds {len(alike)} of {int(match[1])} files *{match[0]}: get the rest")
+
+
+def read(files: Files) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images, (N, 3072) uint8, row by row, R G B of a pixel together."""
+    if files.form == "parquet":
+        return _read_parquet(files.train), _read_parquet(files.test)
+    if files.form == "batches":
+        batches = {path.name: _read_batch(path.read_bytes(), str(path)) for path in files.all}
+    else:
+        batches = _read_archive(files.train[0])
+    return np.concatenate([batches[name] for name in TRAIN_BATCHES]), batches[TEST_BATCH]
+
+
+def _read_parquet(paths: list[Path]) -> np.ndarray:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    images: list[np.ndarray] = []
+    progress = Progress("decoding CIFAR-10", None, "images")
+    for path in paths:
+        first = len(images)
+        try:
+            with parquet.ParquetFile(path) as file:
+                column = _image_column(file.schema_arrow, path)
+                for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                    for value in batch.column(0).to_pylist():
+                        data = value.get("bytes") if isinstance(value, dict) else value
+                        images.append(decode_rgb(data, SIDE, f"image {len(images) - first} of {path}").reshape(-1))
+                    progress.add(batch.num_rows)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
+    progress.close()
+    return np.stack(images) if images else np.empty((0, 3 * SIDE * SIDE), np.uint8)
+
+
+def _image_column(schema: Any, path: Path) -> str:
+    for name in ("img", "image"):
+        if name in schema.names:
+            return name
+    raise UserError(f"{path} has no column img or image, but {', '.join(schema.names) or 'none at all'}")
+
+
+def _read_archive(path: Path) -> dict[str, np.ndarray]:
+    batches = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if member.isfile() and name in (*TRAIN_BATCHES, TEST_BATCH):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    batches[name] = _read_batch(file.read(), f"{name} in {path}")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a whole archive ({error}): remove it and get it again") from error
+    if missing := sorted({*TRAIN_BATCHES, TEST_BATCH} - set(batches)):
+        raise UserError(f"{path} lacks {', '.join(missing)}: it is not {ARCHIVE}")
+    return batches
+
+
+class _Plain(pickle.Unpickler):
+    """Builds numpy arrays and plain containers, and nothing else a pickle may name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.empty(0).__reduce__()[0]
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if (module, name) == ("_codecs", "encode"):
+            import _codecs
+
+            return _codecs.encode
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _read_batch(data: bytes, where: str) -> np.ndarray:
+    """A python batch file: rows of 1,024 red, then 1,024 green, then 1,024 blue bytes."""
+    try:
+        batch = _Plain(io.BytesIO(data), encoding="bytes").load()
+        planes = batch[b"data"] if b"data" in batch else batch["data"]
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise UserError(f"{where} is not a CIFAR-10 batch file ({type(error).__name__}: {error})") from error
+    size = 3 * SIDE * SIDE
+    if not isinstance(planes, np.ndarray) or planes.dtype != np.uint8 or planes.shape[1:] != (size,):
+        raise UserError(f"{where} holds no rows of {size} bytes")
+    return np.ascontiguousarray(planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)).reshape(-1, size)
