@@ -56,7 +56,11 @@ def sample(config: SampleConfig) -> list[Path]:
             on_step=_progress(f"samples {first + 1} to {first + size} of {count}", length),
         )
         drawn.append(tokens.cpu().numpy())
-    paths = write_samples(np.concatenate(drawn), kind, form, folder)
+    samples = np.concatenate(drawn)
+    if kind == "text":
+        print(samples[0].tobytes().decode("utf-8", "replace"))
+        print()
+    paths = write_samples(samples, kind, form, folder)
     seconds = time.perf_counter() - started
     print(f"drawn: {count} samples of {length} bytes in {seconds:.1f} s, {count * length / seconds:.0f} bytes/s")
     for path in paths:
