@@ -1,10 +1,71 @@
-"""Fused Triton kernels for the sparse patterns."""
+"""Fused Triton kernels for the sparse patterns. Importable without triton: it is looked for on first use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_tx.attention.kernels.plan import plan
+from sparse_tx.attention.patterns import AllowsKeys
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OLDEST = (8, 0)
+
+try:  # the runtime is loaded by the first call, not here
+    from importlib.util import find_spec
+
+    _HAS_TRITON = find_spec("triton") is not None
+except (ImportError, ValueError):
+    _HAS_TRITON = False
 
 
-def unsupported(q, k, v, patterns):
-    """Why the kernels cannot run these inputs; None if they can."""
-    return "the fused kernels are not part of this version; use backend='blocked'"
+def unsupported(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[AllowsKeys]) -> str | None:
+    """Why the kernels cannot run these inputs, with what would; None if they can. No work on the device."""
+    if not _HAS_TRITON:
+        return "triton is not installed; use backend='blocked'"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
+        return f"the tensors are on {q.device.type}: the kernels need a CUDA GPU; use backend='blocked'"
+    if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < _OLDEST:
+        have = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
+        return f"the GPU has compute capability {have}: the kernels need 8.0 or newer; use backend='blocked'"
+    if q.dtype not in _DTYPES:
+        return f"dtype {q.dtype}: the kernels know float16, bfloat16 and float32; use backend='blocked'"
+    if interpreted and q.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly: use float16 or float32, or backend='blocked'"
+    for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
+        if width % 8 or not 16 <= width <= 256:
+            return f"{name} have width {width}: the kernels take 16 to 256 in multiples of 8; use backend='blocked'"
+    try:
+        plan(tuple(patterns))
+    except NotImplementedError as error:
+        return f"{error}; use backend='blocked'"
+    return None
 
 
-def triton_attention(q, k, v, patterns, scale):
-    raise NotImplementedError(unsupported(q, k, v, patterns))
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[AllowsKeys], scale: float
+) -> tuple[Tensor, Tensor]:
+    """q, k: (B, S, H, Dqk), v: (B, S, H, Dv), patterns: one per head. Returns out (B, S, H, Dv), lse (B, H, S) float32.
+
+    Both carry gradients. The last dimension should be dense; of any other strides nothing is copied.
+    """
+    from sparse_tx.attention.kernels import ops
+
+    return ops.attention(q, k, v, plan(tuple(patterns)), scale)
+
+
+def packed_attention(
+    qkv: Tensor, patterns: Sequence[AllowsKeys], Dqk: int, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `triton_attention`, of q, k, v inside one projection, with one gradient buffer and no copies.
+
+    qkv: (B, S, H * (2 Dqk + Dv)): the q of all heads, then the k of all heads, then the v of all heads.
+    """
+    from sparse_tx.attention.kernels import ops
+
+    scale = Dqk**-0.5 if scale is None else scale
+    return ops.packed_attention(qkv, len(patterns), Dqk, plan(tuple(patterns)), scale)

@@ -1,0 +1,64 @@
+"""Tile sizes by kernel, part, widths and dtype: a small table tuned with benchmarks/tune_attention.py, else a rule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    rows: int  # queries (or entries of the chain) a program owns; for "keys": queries of a step
+    keys: int  # keys of a step; for "keys": keys a program owns
+    warps: int
+    stages: int
+    registers: int | None = None  # most registers a thread may have: fewer let more programs share a multiprocessor
+
+
+# (kernel, part, Dqk, Dv, bytes of an element) -> Config. Kernels: "forward", "backward" (chain_backward), "keys"
+# (compact_backward). Parts: "window", "full", "fixed" (with summary or global keys), "column" and "block", followed by
+# the least of 32, 64 and 128 that holds a whole column or block if one does. Medians on one H200, cold L2.
+TUNED: dict[tuple[str, str, int, int, int], Config] = {
+    ("forward", "window", 64, 128, 2): Config(64, 32, 4, 3, 128),
+    ("forward", "window", 64, 64, 2): Config(64, 64, 4, 2, 128),
+    ("forward", "window", 32, 32, 2): Config(64, 64, 4, 3),
+    ("forward", "column 32", 64, 128, 2): Config(64, 32, 4, 1, 128),
+    ("forward", "column 32", 64, 64, 2): Config(64, 32, 4, 1, 128),
+    ("forward", "column 128", 32, 32, 2): Config(64, 32, 4, 3),
+    ("forward", "column 128", 64, 64, 2): Config(64, 32, 4, 3),
+    ("forward", "column", 64, 64, 2): Config(64, 32, 4, 3, 96),
+    ("forward", "fixed", 64, 64, 2): Config(128, 64, 8, 3),
+    ("backward", "window", 64, 128, 2): Config(64, 32, 4, 1),
+    ("backward", "window", 64, 64, 2): Config(64, 64, 4, 1, 168),
+    ("backward", "window", 32, 32, 2): Config(64, 64, 4, 1, 168),
+    ("backward", "column 32", 64, 128, 2): Config(32, 32, 4, 1, 96),
+    ("backward", "column 32", 64, 64, 2): Config(32, 32, 4, 1, 96),
+    ("backward", "column 128", 32, 32, 2): Config(64, 32, 4, 1),
+    ("backward", "column 128", 64, 64, 2): Config(64, 32, 4, 1, 168),
+    ("backward", "column", 64, 64, 2): Config(64, 32, 4, 1, 168),
+    ("backward", "fixed", 64, 64, 2): Config(64, 32, 4, 3, 168),
+    ("keys", "fixed", 64, 64, 2): Config(32, 64, 4, 3),
+}
+
+
+def power_of_two(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def config(kernel: str, part: str, Dqk: int, Dv: int, itemsize: int, large: bool) -> Config:
+    """large: the GPU gives a program 160 KiB of shared memory or more (compute capability 8.0, 9.0)."""
+    tuned = TUNED.get((kernel, part, Dqk, Dv, itemsize))
+    if tuned is not None and large:
+        return tuned
+    width = max(power_of_two(Dqk), power_of_two(Dv)) * itemsize // 2  # as if of 16 bits
+    if part.endswith("128") and width <= 128 and large and itemsize == 2:
+        return Config(128, 64 if width <= 64 else 32, 8, 2 if width <= 64 else 1)
+    if kernel == "forward":
+        if width <= 64:
+            return Config(64, 64, 4, 2)
+        if width <= 128:
+            return Config(64, 32, 4, 2)
+        return Config(32, 32, 4, 1) if width <= 256 else Config(16, 16, 4, 1)
+    if width <= 64:
+        return Config(64, 64, 4, 2) if large else Config(64, 32, 4, 1)
+    if width <= 128:
+        return Config(64, 32, 4, 1) if large else Config(32, 32, 4, 1)
+    return Config(32, 32, 4, 1) if width <= 256 and large else Config(16, 16, 4, 1)

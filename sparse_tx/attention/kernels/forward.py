@@ -1,0 +1,142 @@
+"""The forward kernel: one tile of queries against its chain of keys and its compact keys, one online softmax."""
+
+import triton
+import triton.language as tl
+
+from sparse_tx.attention.kernels.tiles import (
+    chain_bounds,
+    compact_position,
+    keys_before,
+    load_rows,
+    position,
+    program,
+    store_rows,
+)
+
+
+@triton.jit
+def _absorb(acc, top, total, q, k, v, at, lo, hi, scale, MASKED: tl.constexpr):
+    """One step of the online softmax in base 2. acc, total are relative to exp2(top)."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        s = tl.where((at[None, :] >= lo[:, None]) & (at[None, :] <= hi[:, None]), s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, 1) * scale)
+    # A row that has seen no key yet has top -inf: any finite value keeps inf - inf out.
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s * scale - safe[:, None])
+    alpha = tl.exp2(top - safe)
+    total = total * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, new, total
+
+
+@triton.jit
+def _compact(
+    acc, top, total, q, K, V, sks, svs, first_lim, last_lim, lim, skip, L, C, first, scale,
+    DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Keys [skip, lim) of a compact part: whole tiles that every row sees without a mask, the rest with."""
+    keys = tl.arange(0, BN)
+    whole = skip + tl.maximum(first_lim - skip, 0) // BN * BN
+    for start in tl.range(skip, whole, BN, num_stages=STAGES):
+        at = start + keys
+        p = compact_position(at, L, C, first)
+        k = load_rows(K, p, sks, at < last_lim, DQ, BDQ)
+        v = load_rows(V, p, svs, at < last_lim, DV, BDV)
+        acc, top, total = _absorb(acc, top, total, q, k, v, at, lim, lim, scale, MASKED=False)
+    for start in tl.range(whole, last_lim, BN, num_stages=1):
+        at = start + keys
+        p = compact_position(at, L, C, first)
+        k = load_rows(K, p, sks, at < last_lim, DQ, BDQ)
+        v = load_rows(V, p, svs, at < last_lim, DV, BDV)
+        acc, top, total = _absorb(acc, top, total, q, k, v, at, lim * 0 + skip, lim - 1, scale, MASKED=True)
+    return acc, top, total
+
+
+@triton.jit
+def attention_forward(
+    Q, K, V, O, LSE,
+    sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh,
+    S, H, h0, heads, tiles, scale,
+    F, A, N, R, near, L, tokens, skip_lo, skip_hi,
+    sumL, sumC, slot, slot_step,
+    DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CHAIN: tl.constexpr, STRIDED: tl.constexpr, GROUPED: tl.constexpr, SINGLE: tl.constexpr, SUMMARY: tl.constexpr,
+    GLOBAL: tl.constexpr, MERGE: tl.constexpr, HEAVY_LAST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """MERGE: O and LSE hold the result over other keys, with which the softmax begins. SINGLE: no key outside the tile.
+
+    scale is in base 2: softmax scale / ln 2. Tiles begin every A <= BM entries.
+    """
+    tile, b, h = program(tiles, heads, HEAVY_LAST)
+    head = h0 + h
+    Q += b.to(tl.int64) * sqb + head.to(tl.int64) * sqh
+    K += b.to(tl.int64) * skb + head.to(tl.int64) * skh
+    V += b.to(tl.int64) * svb + head.to(tl.int64) * svh
+    O += b.to(tl.int64) * sob + head.to(tl.int64) * soh
+    LSE += (b.to(tl.int64) * H + head) * S
+
+    f0 = tile * A
+    f = f0 + tl.arange(0, BM)
+    rows = position(f, N, L, STRIDED)
+    valid = (f < tl.minimum(f0 + A, F)) & (rows < S)
+    q = load_rows(Q, rows, sqs, valid, DQ, BDQ)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BDV], tl.float32)
+    if MERGE:
+        top = tl.load(LSE + rows, mask=valid, other=float("-inf")) * 1.4426950408889634
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+        acc += load_rows(O, rows, sos, valid, DV, BDV).to(tl.float32)
+
+    if CHAIN:
+        lo, hi = chain_bounds(f, valid, S, N, R, near, L, tokens, skip_lo, skip_hi, STRIDED, GROUPED)
+        if SINGLE:
+            k = load_rows(K, rows, sks, valid, DQ, BDQ)
+            v = load_rows(V, rows, svs, valid, DV, BDV)
+            acc, top, total = _absorb(acc, top, total, q, k, v, f, lo, hi, scale, MASKED=True)
+        else:
+            start = tl.maximum(f0 - R, 0)
+            if GROUPED:
+                start = tl.maximum(start, f0 - f0 % N)
+            end = tl.minimum(f0 + A - near, F)
+            for at0 in tl.range(start, end, BN, num_stages=STAGES):
+                at = at0 + tl.arange(0, BN)
+                p = position(at, N, L, STRIDED)
+                seen = (at < end) & (p < S)
+                k = load_rows(K, p, sks, seen, DQ, BDQ)
+                v = load_rows(V, p, svs, seen, DV, BDV)
+                acc, top, total = _absorb(acc, top, total, q, k, v, at, lo, hi, scale, MASKED=True)
+        upper = lo
+        upper_first = tl.maximum(f0 - R, 0)
+        last = tl.minimum(f0 + A, S) - 1
+        upper_last = tl.maximum(last - R, 0)
+        if GROUPED:
+            upper_first = tl.maximum(upper_first, f0 - f0 % N)
+            upper_last = tl.maximum(upper_last, last - last % N)
+    else:
+        upper = f + 1
+        upper_first = f0 + 1
+        upper_last = tl.minimum(f0 + A, S)
+
+    if GLOBAL:
+        count = tl.minimum(tokens, S)
+        lim = tl.minimum(upper, count)
+        acc, top, total = _compact(
+            acc, top, total, q, K, V, sks, svs, tl.minimum(upper_first, count), tl.minimum(upper_last, count), lim,
+            0, S, count, 0, scale, DQ, DV, BDQ, BDV, BN, STAGES,
+        )  # fmt: skip
+    if SUMMARY:
+        first = sumL - ((slot + h * slot_step) % (sumL // sumC) + 1) * sumC
+        lim = keys_before(upper, sumL, sumC, first)
+        acc, top, total = _compact(
+            acc, top, total, q, K, V, sks, svs, keys_before(upper_first, sumL, sumC, first),
+            keys_before(upper_last, sumL, sumC, first), lim, keys_before(tokens, sumL, sumC, first),
+            sumL, sumC, first, scale, DQ, DV, BDQ, BDV, BN, STAGES,
+        )  # fmt: skip
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+    tl.store(LSE + rows, lse, mask=valid)
+    store_rows(O, rows, sos, valid, acc, DV, BDV, ADD=False)

@@ -1,0 +1,117 @@
+"""Patterns by head as plain numbers: what the kernels need to know of a head, and which heads one launch can take.
+
+A head's keys are cut into disjoint parts. Every part is a list of keys in some order, of which a query sees an interval:
+  local     the nearest keys: a window, the query's own block, or all; in order of position
+  column    the query's column, in column-major order (column by column), at least `near` steps back
+  summary   columns of every block, and global tokens: compact lists, in order of position, before the local part
+No key is in two parts: a key that two patterns of a union allow belongs to the first of local, global, summary, column.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sparse_tx.attention.patterns import Block, Column, Full, Global, Pattern, Summary, Window
+
+NO_LOCAL, WINDOW, BLOCK, FULL = range(4)
+
+
+class Run(NamedTuple):
+    """`count` heads from `head` on, alike but for the slots of their summaries. 0 stands for a part that is absent."""
+
+    head: int
+    count: int
+    local: int = NO_LOCAL  # one of the four above
+    width: int = 0  # a window sees `width` keys and its own; a block has `width` positions
+    column: int = 0  # stride of the column
+    near: int = 0  # fewest steps back in the column
+    reach: int = -1  # most steps back; -1: any
+    summary: int = 0  # stride of the summary
+    c: int = 0
+    slot: int = 0  # of the first head
+    slot_step: int = 0  # to the next head, modulo summary // c
+    tokens: int = 0  # global
+
+
+FIELDS = len(Run._fields)
+
+
+def runs_of(numbers: list[int]) -> list[Run]:
+    return [Run(*numbers[at : at + FIELDS]) for at in range(0, len(numbers), FIELDS)]
+
+
+def plan(patterns: tuple[Pattern, ...]) -> list[int]:
+    """Runs of heads, flattened to integers. NotImplementedError names the pattern that the kernels cannot take."""
+    runs: list[Run] = []
+    for head, pattern in enumerate(patterns):
+        one = _run(head, pattern)
+        joined = _join(runs[-1], one) if runs else None
+        if joined is None:
+            runs.append(one)
+        else:
+            runs[-1] = joined
+    return [number for run in runs for number in run]
+
+
+def _join(run: Run, one: Run) -> Run | None:
+    """The run with one head more, if it is alike and its slot is the next in step."""
+    alike = run._replace(head=0, count=0, slot=0, slot_step=0) == one._replace(head=0, count=0, slot=0, slot_step=0)
+    if not alike:
+        return None
+    if not run.summary:
+        return run._replace(count=run.count + 1)
+    slots = run.summary // run.c
+    step = (one.slot - run.slot) % slots if run.count == 1 else run.slot_step
+    if (run.slot + step * run.count) % slots != one.slot:
+        return None
+    return run._replace(count=run.count + 1, slot_step=step)
+
+
+def _run(head: int, pattern: Pattern) -> Run:
+    parts = pattern.parts if isinstance(pattern, Pattern) else (pattern,)
+    foreign = [p for p in parts if type(p) not in (Full, Window, Column, Block, Summary, Global)]
+    if foreign:
+        raise NotImplementedError(f"{foreign[0]!r} has no kernel")
+    if Full() in parts:
+        return Run(head, 1, FULL)
+    windows = [p.stride for p in parts if isinstance(p, Window)]
+    blocks = {p.stride for p in parts if isinstance(p, Block)}
+    columns = [p for p in parts if isinstance(p, Column)]
+    summaries = {p for p in parts if isinstance(p, Summary)}
+    tokens = max((p.tokens for p in parts if isinstance(p, Global)), default=0)
+    if len(blocks) > 1 or (blocks and windows):
+        raise NotImplementedError(f"{pattern!r}: the kernels take one window or one block a head")
+    if len(summaries) > 1:
+        raise NotImplementedError(f"{pattern!r}: the kernels take one summary a head")
+    strides = {p.stride for p in columns} | ({p.stride for p in (*columns, *summaries)} if columns else set())
+    if columns and blocks:
+        strides |= blocks
+    if len(strides) > 1:
+        raise NotImplementedError(f"{pattern!r}: beside a column, blocks, summaries and columns must have its stride")
+
+    local, width = NO_LOCAL, 0
+    column = near = 0
+    reach = -1
+    if blocks:
+        local, width = BLOCK, blocks.pop()
+    elif windows:
+        local, width = WINDOW, max(windows)
+    if columns:
+        column = columns[0].stride
+        reaches = [-1 if p.reach is None else p.reach for p in columns]
+        reach = -1 if -1 in reaches else max(reaches)
+        if local == WINDOW:
+            # A window that ends on the column leaves that key to it: its tiles then hold `width` keys, not one more.
+            near = width // column if width % column == 0 else width // column + 1
+        elif local == BLOCK:
+            near = 1
+        if 0 <= reach < near:
+            column = near = 0
+            reach = -1
+        elif local == WINDOW and width % column == 0:
+            width -= 1
+    run = Run(head, 1, local, width, column, near, reach, tokens=tokens)
+    if summaries:
+        part = summaries.pop()
+        run = run._replace(summary=part.stride, c=part.c, slot=part.slot)
+    return run

@@ -1,0 +1,95 @@
+"""Every launch that the kernels would make compiles for each GPU generation and fits its shared memory; no GPU needed."""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sparse_tx.attention import Block, Column, Full, Global, Summary, Window  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+class Recorder:
+    """Stands for a kernel in `launch` and keeps what it is launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **named: self.launches.append((self.kernel, args, named))
+
+
+def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2):
+    from sparse_tx.attention.kernels import launch
+    from sparse_tx.attention.kernels.plan import plan
+
+    found = []
+    for name in ("attention_forward", "attention_delta", "chain_backward", "compact_backward"):
+        monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), found))
+    monkeypatch.setattr(launch, "_large", lambda t: capability in (80, 90))
+    H = len(patterns)
+    q, k, v, out = (torch.empty(B, S, H, d, dtype=dtype, device="meta") for d in (Dqk, Dqk, Dv, Dv))
+    lse = torch.empty(B, H, S, device="meta")
+    numbers = plan(patterns)
+    launch.forward(q, k, v, out, lse, numbers, 0.125)
+    launch.backward(q, k, v, out, lse, out, lse, q, k, v, numbers, 0.125)
+    monkeypatch.undo()
+    return found
+
+
+def compiled(kernel, args, named, capability):
+    constants = {n: x for n, x in named.items() if n not in ("num_warps", "maxnreg")}
+    names = [n for n in kernel.arg_names if n not in constants]
+    assert len(names) == len(args)
+    signature, attrs = {}, {}
+    for name, value in zip(names, args, strict=True):
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attrs[(kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        kernel,
+        {n: signature[n] for n in kernel.arg_names},
+        {(kernel.arg_names.index(n),): x for n, x in constants.items()},
+        attrs,
+    )
+    options = {n: named[n] for n in ("num_warps", "maxnreg") if named.get(n)}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+CASES = {
+    "CIFAR-10 merged": ((Window(96) | Column(96),), 3072, 64, 128, torch.bfloat16),
+    "enwik8": (tuple(Block(128) | Summary(128, 32, slot) for slot in range(4)), 12288, 64, 64, torch.bfloat16),
+    "ImageNet64 merged": ((Window(128) | Column(128),), 12288, 32, 32, torch.bfloat16),
+    "audio": ((Window(256) | Column(256),), 65536, 64, 64, torch.float16),
+    "window and column alone": ((Window(96), Column(96)), 3072, 64, 128, torch.bfloat16),
+    "sliding": ((Window(64) | Column(64, 4) | Global(16),), 4096, 64, 64, torch.bfloat16),
+    "full": ((Full(),), 4096, 64, 64, torch.bfloat16),
+    "wide": ((Window(64) | Column(64), Block(64) | Summary(64, 16)), 4096, 256, 256, torch.bfloat16),
+    "medium": ((Window(64) | Column(64), Block(64) | Summary(64, 16)), 4096, 128, 128, torch.bfloat16),
+    "odd widths": ((Window(64) | Column(64), Block(64) | Summary(64, 16)), 999, 24, 40, torch.float16),
+    "float32": ((Window(64) | Column(64), Block(64) | Summary(64, 16)), 4096, 64, 64, torch.float32),
+    "wide float32": ((Window(64) | Column(64), Block(64) | Summary(64, 16)), 4096, 256, 256, torch.float32),
+}
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+@pytest.mark.parametrize("case", CASES)
+def test_every_launch_compiles_and_fits_shared_memory(monkeypatch, case, capability):
+    found = launches(monkeypatch, *CASES[case], capability)
+    assert found
+    for kernel, args, named in found:
+        binary = compiled(kernel, args, named, capability)
+        assert binary.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel.__name__, named)
