@@ -5,7 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_tx.attention import Block, Column, Full, Global, Summary, Window, backend_for, blocked, sparse_attention
+from sparse_tx.attention import (
+    Block,
+    Column,
+    Full,
+    Global,
+    Summary,
+    Window,
+    backend_for,
+    blocked,
+    packed_attention,
+    sparse_attention,
+)
 
 STRIDES = (1, 3, 8)
 
@@ -167,6 +178,17 @@ def test_non_contiguous_inputs_are_taken_as_they_are():
     got = sparse_attention(q, k, v, pattern, backend="blocked")
     want = sparse_attention(q.contiguous(), k.contiguous(), v.contiguous(), pattern, backend="oracle")
     torch.testing.assert_close(got, want)
+
+
+def test_packed_attention_is_attention_of_its_parts():
+    qkv = torch.randn(2, 300, 2 * (4 + 4 + 6), dtype=torch.float64, requires_grad=True)
+    q, k, v = (t.unflatten(-1, (2, -1)) for t in qkv.split((8, 8, 12), -1))
+    pattern = Window(16) | Column(16)
+    got, want = packed_attention(qkv, 2, 8, pattern), sparse_attention(q, k, v, pattern, backend="oracle")
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), qkv)[0] for t in (got, want)))
+    with pytest.raises(ValueError, match="does not hold q and k of width 9"):
+        packed_attention(qkv, 2, 9, pattern)
 
 
 def test_dense_attention_goes_to_torch_and_everything_else_on_a_cpu_to_blocked():

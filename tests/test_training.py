@@ -1,6 +1,7 @@
 """Training runs: exact resume, deadlines, averages, and that one batch can be learnt by heart."""
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def test_compiled_blocks_give_the_losses_of_plain_ones(trained):
     plain, compiled = (losses(trained(*settings, f"trainer.compile={c}")) for c in ("false", "true"))
     for step in range(20):
         assert compiled[step] == pytest.approx(plain[step], rel=1e-4)
+
+
+def test_profiling_leaves_a_trace_of_three_steps(trained):
+    folder = Path(trained("profile=true")["checkpoint"]).parent.parent
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert sum(str(e.get("name", "")).startswith("ProfilerStep#") for e in events) == 3
+    assert "aten::" in (folder / "trace.txt").read_text()
 
 
 def test_a_run_leaves_its_config_its_numbers_and_its_checkpoints(trained):

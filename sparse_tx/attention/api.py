@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_tx.attention.blocked import blocked_attention
+from sparse_tx.attention.kernels import packed_attention as triton_packed
 from sparse_tx.attention.kernels import triton_attention, unsupported
 from sparse_tx.attention.oracle import oracle_attention
 from sparse_tx.attention.patterns import AllowsKeys, Full
@@ -74,6 +75,36 @@ def sparse_attention(q, k, v, pattern, *, scale=None, backend="auto", return_lse
     else:
         out, lse = (triton_attention if backend == "triton" else oracle_attention)(q, k, v, patterns, scale)
     return (out, lse) if return_lse else out
+
+
+def packed_attention(
+    qkv: Tensor,
+    heads: int,
+    qk: int,
+    pattern: AllowsKeys | Sequence[AllowsKeys],
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`sparse_attention` of q, k and v as they lie in one projection: all q, then all k, then all v.
+
+    qkv: (B, S, 2 qk + H Dv), where qk = H Dqk. Returns (B, S, H, Dv). The fused kernels write one gradient for all
+    three; elsewhere they are split as views.
+    """
+    if qkv.dim() != 3 or heads < 1 or qk % heads or qkv.shape[-1] <= 2 * qk or (qkv.shape[-1] - 2 * qk) % heads:
+        raise ValueError(
+            f"qkv {tuple(qkv.shape)} does not hold q and k of width {qk} and v of {heads} heads: "
+            "it must be (batch, sequence, 2 qk + heads Dv)"
+        )
+    widths = (qk, qk, qkv.shape[-1] - 2 * qk)
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in qkv.split(widths, -1))  # (B, S, H, D)
+    if backend in ("auto", "triton"):
+        patterns = _check(q, k, v, pattern)
+        if backend == "triton" or _choose(q, k, v, patterns, return_lse=False) == "triton":
+            if (reason := unsupported(q, k, v, patterns)) is not None:
+                raise NotImplementedError(f"backend='triton' cannot run this: {reason}")
+            return triton_packed(qkv, patterns, qk // heads, scale)[0]
+    return sparse_attention(q, k, v, pattern, scale=scale, backend=backend)
 
 
 def backend_for(q: Tensor, k: Tensor, v: Tensor, pattern: AllowsKeys | Sequence[AllowsKeys]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_tx.attention import Pattern, sparse_attention
+from sparse_tx.attention import Pattern, packed_attention
 from sparse_tx.model.dropout import counter_dropout
 
 
@@ -23,7 +23,7 @@ class Attention(nn.Module):
         self, width: int, heads: int, qk: int, patterns: tuple[Pattern, ...], backend: str, layers: int
     ) -> None:
         super().__init__()
-        self.heads, self.sizes = heads, (qk, qk, width)
+        self.heads, self.qk = heads, qk
         self.patterns, self.backend = patterns, backend
         self.qkv = nn.Linear(width, 2 * qk + width)
         self.out = nn.Linear(width, width)
@@ -31,9 +31,8 @@ class Attention(nn.Module):
         _init(self.out, shrink=(2 * layers) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).split(self.sizes, -1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in parts)  # (B, S, H, D)
-        return self.out(sparse_attention(q, k, v, self.patterns, backend=self.backend).flatten(-2))
+        out = packed_attention(self.qkv(x), self.heads, self.qk, self.patterns, backend=self.backend)  # (B, S, H, Dv)
+        return self.out(out.flatten(-2))
 
 
 class FeedForward(nn.Module):

@@ -89,6 +89,35 @@ class Deadline(Timer):
         pass
 
 
+class Trace(Callback):
+    """Traces steps 3 to 5 of the run into a file that Perfetto opens (ui.perfetto.dev), and their costs as a table."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            schedule = torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
+            self._profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
+            self._profiler.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def on_train_end(self, *_: Any) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        (self.folder / "trace.txt").write_text(profiler.key_averages().table(sort_by=key, row_limit=40))
+        print(f"trace: {self.folder / 'trace.json'}", flush=True)
+
+
 class LastCheckpoint(Callback):
     """Leaves last.ckpt however the run ends: at its last step, at its deadline, or by an interrupt or an error."""
 

@@ -24,6 +24,7 @@ from sparse_tx.training.callbacks import (
     Bar,
     Deadline,
     Progress,
+    Trace,
     checkpoint_callbacks,
     clock,
     readable,
@@ -110,11 +111,8 @@ def _trainer(config: TrainConfig, folder: Path, precision: str, loggers: list[Lo
     if settings.max_time is not None:
         callbacks.append(Deadline(settings.max_time))
     callbacks += checkpoint_callbacks(folder / "checkpoints", reporting.checkpoint_every or every, reporting.keep)
-    profiler = None
     if config.profile:
-        from lightning.pytorch.profilers import PyTorchProfiler
-
-        profiler = PyTorchProfiler(dirpath=folder / "profile", filename="trace", export_to_chrome=True)
+        callbacks.append(Trace(folder))
     trainer = Trainer(
         accelerator=settings.accelerator,
         devices="auto" if settings.devices == "auto" else int(settings.devices),
@@ -132,7 +130,6 @@ def _trainer(config: TrainConfig, folder: Path, precision: str, loggers: list[Lo
         enable_model_summary=False,
         logger=loggers,
         callbacks=callbacks,
-        profiler=profiler,
         default_root_dir=folder,
     )
     return trainer, progress
