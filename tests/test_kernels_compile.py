@@ -1,4 +1,4 @@
-"""Every launch that the kernels would make compiles for each GPU generation and fits its shared memory; no GPU needed."""
+"""Every launch of the kernels compiles for each GPU generation and fits its shared memory; no GPU needed."""
 
 import os
 

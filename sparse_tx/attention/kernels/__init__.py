@@ -40,7 +40,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[AllowsKeys])
         if width % 8 or not 16 <= width <= 256:
             return f"{name} have width {width}: the kernels take 16 to 256 in multiples of 8; use backend='blocked'"
     try:
-        plan(tuple(patterns))
+        plan(patterns)
     except NotImplementedError as error:
         return f"{error}; use backend='blocked'"
     return None
@@ -55,7 +55,7 @@ def triton_attention(
     """
     from sparse_tx.attention.kernels import ops
 
-    return ops.attention(q, k, v, plan(tuple(patterns)), scale)
+    return ops.attention(q, k, v, plan(patterns), scale)
 
 
 def packed_attention(
@@ -68,4 +68,4 @@ def packed_attention(
     from sparse_tx.attention.kernels import ops
 
     scale = Dqk**-0.5 if scale is None else scale
-    return ops.packed_attention(qkv, len(patterns), Dqk, plan(tuple(patterns)), scale)
+    return ops.packed_attention(qkv, len(patterns), Dqk, plan(patterns), scale)

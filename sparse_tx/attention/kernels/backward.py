@@ -1,4 +1,4 @@
-"""The backward kernels. Weights are recomputed from the log-sum-exp over all parts, so the parts add up without a merge.
+"""The backward kernels. Weights come from the log-sum-exp over all parts, so the parts add up without a merge.
 
 `chain_backward` owns one tile of the chain, as queries and as keys: the tile on the diagonal serves dq, dk and dv at
 once, its other tiles are visited once for dk, dv and once for dq. No atomics: every element has one writer, in order.
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from sparse_tx.attention.kernels.tiles import (
     chain_bounds,
+    chain_until,
     compact_position,
     keys_before,
     load_rows,
@@ -55,24 +56,24 @@ def _row_numbers(
 
 
 @triton.jit
-def _for_keys(k, v, q, g, lse, delta, at, lo, hi, scale, MASKED: tl.constexpr):
+def _for_keys(k, v, q, g, lse, delta, seen, scale, MASKED: tl.constexpr):
     """Weights and score gradients, transposed: (keys, queries), in the inputs' dtype."""
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     p = tl.exp2(s * scale - lse[None, :])
     if MASKED:
-        p = tl.where((at[:, None] >= lo[None, :]) & (at[:, None] <= hi[None, :]), p, 0.0)
+        p = tl.where(seen, p, 0.0)
     dp = tl.dot(v, tl.trans(g), input_precision="ieee")
     ds = p * (dp - delta[None, :])
     return p.to(q.dtype), ds.to(q.dtype)
 
 
 @triton.jit
-def _for_queries(q, g, k, v, lse, delta, at, lo, hi, scale, MASKED: tl.constexpr):
+def _for_queries(q, g, k, v, lse, delta, seen, scale, MASKED: tl.constexpr):
     """Score gradients (queries, keys)."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     p = tl.exp2(s * scale - lse[:, None])
     if MASKED:
-        p = tl.where((at[None, :] >= lo[:, None]) & (at[None, :] <= hi[:, None]), p, 0.0)
+        p = tl.where(seen, p, 0.0)
     dp = tl.dot(g, tl.trans(v), input_precision="ieee")
     return (p * (dp - delta[:, None])).to(q.dtype)
 
@@ -89,14 +90,14 @@ def _compact_dq(
         p = compact_position(at, L, C, first)
         k = load_rows(K, p, sks, at < last_lim, DQ, BDQ)
         v = load_rows(V, p, svs, at < last_lim, DV, BDV)
-        ds = _for_queries(q, g, k, v, lse, delta, at, lim, lim, scale, MASKED=False)
+        ds = _for_queries(q, g, k, v, lse, delta, None, scale, MASKED=False)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     for start in tl.range(whole, last_lim, BN, num_stages=1):
         at = start + keys
         p = compact_position(at, L, C, first)
         k = load_rows(K, p, sks, at < last_lim, DQ, BDQ)
         v = load_rows(V, p, svs, at < last_lim, DV, BDV)
-        ds = _for_queries(q, g, k, v, lse, delta, at, lim * 0 + skip, lim - 1, scale, MASKED=True)
+        ds = _for_queries(q, g, k, v, lse, delta, at[None, :] < lim[:, None], scale, MASKED=True)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     return dq
 
@@ -104,18 +105,20 @@ def _compact_dq(
 @triton.jit
 def chain_backward(
     Q, K, V, O, LSE, G, DLSE, DELTA, DQ_, DK_, DV_,
-    sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh, sgb, sgs, sgh, dqb, dqs, dqh, dkb, dks, dkh, dvb, dvs, dvh,
+    sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh, sgb, sgs, sgh,
+    dqb, dqs, dqh, dkb, dks, dkh, dvb, dvs, dvh,
     S, H, h0, heads, tiles, scale, softmax_scale,
     F, A, N, R, near, L, tokens, skip_lo, skip_hi,
     sumL, sumC, slot, slot_step,
     DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     CHAIN: tl.constexpr, STRIDED: tl.constexpr, GROUPED: tl.constexpr, SINGLE: tl.constexpr, SUMMARY: tl.constexpr,
     GLOBAL: tl.constexpr, ADD: tl.constexpr, DELTA_HERE: tl.constexpr, STORE_DELTA: tl.constexpr,
-    HAS_DLSE: tl.constexpr, HEAVY_LAST: tl.constexpr, STAGES: tl.constexpr,
+    HAS_DLSE: tl.constexpr, FAR: tl.constexpr, REACHES: tl.constexpr, HEAVY_LAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq over all parts but the column (or over the column alone, if STRIDED); dk, dv of the chain.
 
     ADD: the gradients hold those of another part, which are added. DELTA_HERE: take delta from O and G, not DELTA.
+    FAR: near > 1, so that keys of earlier tiles can be too near. REACHES: a query sees back to the start of its tile.
     """
     tile, b, h = program(tiles, heads, HEAVY_LAST)
     head = h0 + h
@@ -152,13 +155,17 @@ def chain_backward(
             begin = tl.maximum(f0 - R, 0)
             if GROUPED:
                 begin = tl.maximum(begin, f0 - f0 % N)
-            for start in tl.range(begin, f0, BN, num_stages=STAGES):
+            # Whole steps that end at the tile: then `lo` alone bounds them, unless `near` is more than one step.
+            for start in tl.range(f0 - tl.cdiv(f0 - begin, BN) * BN, f0, BN, num_stages=STAGES):
                 at = start + tl.arange(0, BN)
                 pj = position(at, N, L, STRIDED)
-                seen = (at < f0) & (pj < S)
-                kj = load_rows(K, pj, sks, seen, DQ, BDQ)
-                vj = load_rows(V, pj, svs, seen, DV, BDV)
-                ds_j = _for_queries(q, g, kj, vj, lse, delta, at, lo, tl.minimum(hi, f0 - 1), scale, MASKED=True)
+                there = (at >= 0) & (pj < S)
+                kj = load_rows(K, pj, sks, there, DQ, BDQ)
+                vj = load_rows(V, pj, svs, there, DV, BDV)
+                seen = at[None, :] >= lo[:, None]
+                if FAR:
+                    seen = seen & (at[None, :] <= hi[:, None])
+                ds_j = _for_queries(q, g, kj, vj, lse, delta, seen, scale, MASKED=True)
                 dq = tl.dot(ds_j, kj, dq, input_precision="ieee")
         upper = lo
         upper_first = tl.maximum(f0 - R, 0)
@@ -189,7 +196,10 @@ def chain_backward(
     if CHAIN:
         k = load_rows(K, rows, sks, valid, DQ, BDQ)
         v = load_rows(V, rows, svs, valid, DV, BDV)
-        p, ds = _for_keys(k, v, q, g, lse, delta, f, lo, hi, scale, MASKED=True)
+        sees = f[:, None] <= hi[None, :]
+        if not REACHES:
+            sees = sees & (f[:, None] >= lo[None, :])
+        p, ds = _for_keys(k, v, q, g, lse, delta, sees, scale, MASKED=True)
         dq = tl.dot(tl.trans(ds), k, dq, input_precision="ieee")
         store_rows(DQ_, rows, dqs, valid, dq * softmax_scale, DQ, BDQ, ADD)
         dv = tl.dot(p, g, dv, input_precision="ieee")
@@ -198,15 +208,19 @@ def chain_backward(
             end = tl.minimum(f0 + BT + R, F)
             if GROUPED:
                 end = tl.minimum(end, (f0 + BT - 1) // N * N + N)
+            until = chain_until(f, S, N, R, L, tokens, skip_lo, skip_hi, STRIDED, GROUPED)
             for start in tl.range(f0 + BT, end, BN, num_stages=STAGES):
                 fi = start + tl.arange(0, BN)
                 ri = position(fi, N, L, STRIDED)
-                seen = (fi < F) & (ri < S)
-                qi = load_rows(Q, ri, sqs, seen, DQ, BDQ)
-                gi = load_rows(G, ri, sgs, seen, DV, BDV)
-                lse_i, delta_i = _row_numbers(LSE, DELTA, DLSE, O, gi, ri, seen, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
-                lo_i, hi_i = chain_bounds(fi, seen, S, N, R, near, L, tokens, skip_lo, skip_hi, STRIDED, GROUPED)
-                p_i, ds_i = _for_keys(k, v, qi, gi, lse_i, delta_i, f, lo_i, hi_i, scale, MASKED=True)
+                # Queries that are not there load zeros, which add nothing.
+                there = (fi < F) & (ri < S)
+                qi = load_rows(Q, ri, sqs, there, DQ, BDQ)
+                gi = load_rows(G, ri, sgs, there, DV, BDV)
+                lse_i, delta_i = _row_numbers(LSE, DELTA, DLSE, O, gi, ri, there, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
+                seen_by = fi[None, :] <= until[:, None]
+                if FAR:
+                    seen_by = seen_by & (fi[None, :] - near >= f[:, None])
+                p_i, ds_i = _for_keys(k, v, qi, gi, lse_i, delta_i, seen_by, scale, MASKED=True)
                 dv = tl.dot(p_i, gi, dv, input_precision="ieee")
                 dk = tl.dot(ds_i, qi, dk, input_precision="ieee")
     else:
@@ -283,7 +297,7 @@ def compact_backward(
         else:
             upper = i + 1
         hi = tl.where(seen, keys_before(upper, L, C, first) - 1, -1)
-        pt, ds = _for_keys(k, v, q, g, lse, delta, at, i * 0, hi, scale, MASKED=True)
+        pt, ds = _for_keys(k, v, q, g, lse, delta, at[:, None] <= hi[None, :], scale, MASKED=True)
         dv = tl.dot(pt, g, dv, input_precision="ieee")
         dk = tl.dot(ds, q, dk, input_precision="ieee")
     for start in tl.range(whole, S, BM, num_stages=STAGES):
@@ -293,7 +307,7 @@ def compact_backward(
         g = load_rows(G, i, sgs, seen, DV, BDV)
         lse = tl.load(LSE + i, mask=seen, other=0.0) * 1.4426950408889634
         delta = tl.load(DELTA + i, mask=seen, other=0.0)
-        pt, ds = _for_keys(k, v, q, g, lse, delta, at, i, i, scale, MASKED=False)
+        pt, ds = _for_keys(k, v, q, g, lse, delta, None, scale, MASKED=False)
         dv = tl.dot(pt, g, dv, input_precision="ieee")
         dk = tl.dot(ds, q, dk, input_precision="ieee")
     store_rows(DK_, p, dks, valid, dk * softmax_scale, DQ, BDQ, ADD=True)

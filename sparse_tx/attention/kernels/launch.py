@@ -75,7 +75,7 @@ def _by_slot(run: Run) -> list[Run]:
         return [run]
     slots = run.summary // run.c
     return [
-        run._replace(head=run.head + i, count=1, slot=(run.slot + i * run.slot_step) % slots) for i in range(run.count)
+        run._replace(head=run.head + i, heads=1, slot=(run.slot + i * run.slot_step) % slots) for i in range(run.heads)
     ]
 
 
@@ -109,16 +109,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, numbers: 
         for turn, chain in enumerate(_passes(run, S)):
             chosen, advance, single = _tiling("forward", chain, q, v)
             tiles = -(-chain.entries // advance)
-            attention_forward[(tiles * B * run.count,)](
+            attention_forward[(tiles * B * run.heads,)](
                 q, k, v, out, lse,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(out),
-                S, H, run.head, run.count, tiles, scale * _LOG2E,
+                S, H, run.head, run.heads, tiles, scale * _LOG2E,
                 chain.entries, advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip,
                 run.summary, run.c, run.slot, run.slot_step,
                 DQ=Dqk, DV=Dv, BDQ=power_of_two(Dqk), BDV=power_of_two(Dv), BM=chosen.rows, BN=chosen.keys,
                 CHAIN=chain.present, STRIDED=chain.strided, GROUPED=chain.grouped, SINGLE=single,
                 SUMMARY=run.summary > 0 and not chain.strided, GLOBAL=run.tokens > 0 and not chain.strided,
-                MERGE=turn > 0, HEAVY_LAST=chain.part in ("fixed", "full"), STAGES=chosen.stages, num_warps=chosen.warps, maxnreg=chosen.registers,
+                MERGE=turn > 0, HEAVY_LAST=chain.part in ("fixed", "full"), STAGES=chosen.stages,
+                num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
 
 
@@ -152,18 +153,18 @@ def backward(
         here = single_first or (chains[0].part == "window" and len(chains) == 1)
         if not here:
             rows = 64
-            attention_delta[(-(-S // rows) * B * run.count,)](
+            attention_delta[(-(-S // rows) * B * run.heads,)](
                 out, dout, dlse if dlse is not None else lse, delta, *_strides(out), *_strides(dout),
-                S, H, run.head, run.count,
+                S, H, run.head, run.heads,
                 DV=Dv, BDV=power_of_two(Dv), BM=rows, HAS_DLSE=has_dlse, num_warps=4,
             )  # fmt: skip
         for turn, (chain, (chosen, advance, single)) in enumerate(zip(chains, tilings, strict=True)):
             tiles = -(-chain.entries // advance)
-            chain_backward[(tiles * B * run.count,)](
+            chain_backward[(tiles * B * run.heads,)](
                 q, k, v, out, lse, dout, dlse if dlse is not None else lse, delta, dq, dk, dv,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout),
                 *_strides(dq), *_strides(dk), *_strides(dv),
-                S, H, run.head, run.count, tiles, scale * _LOG2E, scale,
+                S, H, run.head, run.heads, tiles, scale * _LOG2E, scale,
                 chain.entries, advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip,
                 run.summary, run.c, run.slot, run.slot_step,
                 **constants, BT=chosen.rows, BN=chosen.keys,
@@ -171,7 +172,9 @@ def backward(
                 SUMMARY=run.summary > 0 and not chain.strided, GLOBAL=run.tokens > 0 and not chain.strided,
                 ADD=turn > 0, DELTA_HERE=here and turn == 0,
                 STORE_DELTA=here and turn == 0 and (len(chains) > 1 or compact),
-                HAS_DLSE=has_dlse, HEAVY_LAST=chain.part == "fixed", STAGES=chosen.stages, num_warps=chosen.warps, maxnreg=chosen.registers,
+                HAS_DLSE=has_dlse, FAR=chain.near > 1, REACHES=not chain.grouped and chosen.rows - 1 <= chain.R,
+                HEAVY_LAST=chain.part == "fixed", STAGES=chosen.stages,
+                num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
         rows_chain = chains[-1]
         for L, C, is_global in ((run.summary, run.c, False), (S, min(run.tokens, S), True)):
@@ -180,10 +183,10 @@ def backward(
             chosen = config("keys", "fixed", *widths)
             most = C if is_global else -(-S // L) * C
             tiles = triton.cdiv(most, chosen.keys)
-            compact_backward[(tiles * B * run.count,)](
+            compact_backward[(tiles * B * run.heads,)](
                 q, k, v, lse, dout, delta, dk, dv,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv),
-                S, H, run.head, run.count, tiles, scale * _LOG2E, scale,
+                S, H, run.head, run.heads, tiles, scale * _LOG2E, scale,
                 rows_chain.N, rows_chain.R, run.tokens, L, C, run.slot, run.slot_step,
                 **constants, BM=chosen.rows, BN=chosen.keys,
                 CHAIN=rows_chain.present, GROUPED=rows_chain.grouped, IS_GLOBAL=is_global,

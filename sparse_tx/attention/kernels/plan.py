@@ -1,6 +1,6 @@
 """Patterns by head as plain numbers: what the kernels need to know of a head, and which heads one launch can take.
 
-A head's keys are cut into disjoint parts. Every part is a list of keys in some order, of which a query sees an interval:
+A head's keys are cut into disjoint parts. A part is a list of keys in some order, of which a query sees an interval:
   local     the nearest keys: a window, the query's own block, or all; in order of position
   column    the query's column, in column-major order (column by column), at least `near` steps back
   summary   columns of every block, and global tokens: compact lists, in order of position, before the local part
@@ -9,18 +9,19 @@ No key is in two parts: a key that two patterns of a union allow belongs to the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from sparse_tx.attention.patterns import Block, Column, Full, Global, Pattern, Summary, Window
+from sparse_tx.attention.patterns import AllowsKeys, Block, Column, Full, Global, Pattern, Summary, Window
 
 NO_LOCAL, WINDOW, BLOCK, FULL = range(4)
 
 
 class Run(NamedTuple):
-    """`count` heads from `head` on, alike but for the slots of their summaries. 0 stands for a part that is absent."""
+    """`heads` heads from `head` on, alike but for the slots of their summaries. 0 stands for a part that is absent."""
 
     head: int
-    count: int
+    heads: int
     local: int = NO_LOCAL  # one of the four above
     width: int = 0  # a window sees `width` keys and its own; a block has `width` positions
     column: int = 0  # stride of the column
@@ -40,7 +41,7 @@ def runs_of(numbers: list[int]) -> list[Run]:
     return [Run(*numbers[at : at + FIELDS]) for at in range(0, len(numbers), FIELDS)]
 
 
-def plan(patterns: tuple[Pattern, ...]) -> list[int]:
+def plan(patterns: Sequence[AllowsKeys]) -> list[int]:
     """Runs of heads, flattened to integers. NotImplementedError names the pattern that the kernels cannot take."""
     runs: list[Run] = []
     for head, pattern in enumerate(patterns):
@@ -55,20 +56,20 @@ def plan(patterns: tuple[Pattern, ...]) -> list[int]:
 
 def _join(run: Run, one: Run) -> Run | None:
     """The run with one head more, if it is alike and its slot is the next in step."""
-    alike = run._replace(head=0, count=0, slot=0, slot_step=0) == one._replace(head=0, count=0, slot=0, slot_step=0)
+    alike = run._replace(head=0, heads=0, slot=0, slot_step=0) == one._replace(head=0, heads=0, slot=0, slot_step=0)
     if not alike:
         return None
     if not run.summary:
-        return run._replace(count=run.count + 1)
+        return run._replace(heads=run.heads + 1)
     slots = run.summary // run.c
-    step = (one.slot - run.slot) % slots if run.count == 1 else run.slot_step
-    if (run.slot + step * run.count) % slots != one.slot:
+    step = (one.slot - run.slot) % slots if run.heads == 1 else run.slot_step
+    if (run.slot + step * run.heads) % slots != one.slot:
         return None
-    return run._replace(count=run.count + 1, slot_step=step)
+    return run._replace(heads=run.heads + 1, slot_step=step)
 
 
-def _run(head: int, pattern: Pattern) -> Run:
-    parts = pattern.parts if isinstance(pattern, Pattern) else (pattern,)
+def _run(head: int, pattern: AllowsKeys) -> Run:
+    parts: tuple[AllowsKeys, ...] = pattern.parts if isinstance(pattern, Pattern) else (pattern,)
     foreign = [p for p in parts if type(p) not in (Full, Window, Column, Block, Summary, Global)]
     if foreign:
         raise NotImplementedError(f"{foreign[0]!r} has no kernel")
@@ -78,15 +79,13 @@ def _run(head: int, pattern: Pattern) -> Run:
     blocks = {p.stride for p in parts if isinstance(p, Block)}
     columns = [p for p in parts if isinstance(p, Column)]
     summaries = {p for p in parts if isinstance(p, Summary)}
-    tokens = max((p.tokens for p in parts if isinstance(p, Global)), default=0)
+    tokens = max([0, *(p.tokens for p in parts if isinstance(p, Global))])  # as torch.compile can trace it
     if len(blocks) > 1 or (blocks and windows):
         raise NotImplementedError(f"{pattern!r}: the kernels take one window or one block a head")
     if len(summaries) > 1:
         raise NotImplementedError(f"{pattern!r}: the kernels take one summary a head")
-    strides = {p.stride for p in columns} | ({p.stride for p in (*columns, *summaries)} if columns else set())
-    if columns and blocks:
-        strides |= blocks
-    if len(strides) > 1:
+    strides = blocks | {p.stride for p in columns} | {p.stride for p in summaries}
+    if columns and len(strides) > 1:
         raise NotImplementedError(f"{pattern!r}: beside a column, blocks, summaries and columns must have its stride")
 
     local, width = NO_LOCAL, 0

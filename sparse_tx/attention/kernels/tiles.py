@@ -30,7 +30,20 @@ def chain_bounds(f, valid, S, N, R, near, L, tokens, skip_lo, skip_hi, STRIDED: 
         r = f // N
         lo = tl.maximum(lo, r * N + (tl.maximum(tokens - r, 0) + L - 1) // L)
         valid = valid & ((r < skip_lo) | (r >= skip_hi))
+        lo = tl.where(valid, lo, 1 << 30)
     return lo, tl.where(valid, hi, -1)
+
+
+@triton.jit
+def chain_until(f, S, N, R, L, tokens, skip_lo, skip_hi, STRIDED: tl.constexpr, GROUPED: tl.constexpr):
+    """The last entry of a chain that sees the entries f as keys, `near` aside; -1 if they belong to other parts."""
+    until = f + R
+    if GROUPED:
+        until = tl.minimum(until, f - f % N + N - 1)
+    if STRIDED:
+        r = f // N
+        until = tl.where((f % N * L + r < tokens) | ((r >= skip_lo) & (r < skip_hi)), -1, until)
+    return until
 
 
 @triton.jit

@@ -1,0 +1,23 @@
+"""The kernels' tests in Triton's interpreter, which must be chosen before triton is imported: a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+HALF = "any_shape or slots or packed or opcheck or compiled"
+
+
+@pytest.mark.parametrize("part", [HALF, f"not ({HALF})"])
+def test_kernels_pass_in_the_interpreter(part):
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-k", part, str(here / "test_kernels.py")]
+    done = subprocess.run(
+        command, cwd=here.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
