@@ -36,7 +36,7 @@ class Writer:
             header = {"descr": "|u1", "fortran_order": False, "shape": tuple(int(n) for n in shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for chunk in chunks:
-                data = memoryview(np.ascontiguousarray(chunk)).cast("B") if isinstance(chunk, np.ndarray) else chunk
+                data = chunk if isinstance(chunk, bytes) else np.ascontiguousarray(chunk).reshape(-1).data
                 file.write(data)
                 digest.update(data)
                 written += len(data)
@@ -128,6 +128,6 @@ def _make(folder: Path, name: str, identity: dict[str, Any], build: Build) -> di
 
 
 def _sweep(folder: Path):
-    """Removes what killed processes left; only the holder of the lock may, for it knows that no other one is writing."""
+    """Removes what killed processes left. Only the holder of the lock may: no other one is writing then."""
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(left, ignore_errors=True)

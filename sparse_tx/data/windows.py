@@ -18,7 +18,7 @@ class EvaluationWindows(Sequence[Window]):
     min_context 0: windows of the context side by side, the last one short, every byte scored once. min_context m > 0:
     windows step by context - m and score what has at least m bytes before it in the window; the last one is shifted
     back to end with the split and scores only the rest: every byte from m on exactly once. A split shorter than the
-    context is one short window. limit: only the first so many windows.
+    context is one short window. limit: only so many windows, spread evenly.
     """
 
     def __init__(
@@ -42,7 +42,8 @@ class EvaluationWindows(Sequence[Window]):
             count = length
         else:
             count = 1 + max(0, -(-(length - context) // self.step))
-        self.indices = range(count if limit is None else min(count, limit))
+        chosen = count if limit is None else min(count, limit)
+        self.indices = [k * count // chosen for k in range(chosen)]
 
     def shard(self, rank: int, world: int) -> "EvaluationWindows":
         """Every world-th window from `rank`: all ranks together have each window once."""

@@ -1,0 +1,167 @@
+"""The order of training and the windows of evaluation: each byte where the contract puts it, for any number of ranks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_tx import UserError
+from sparse_tx.data import DataModule, DataSpec, EvaluationWindows, StepSampler, TrainingOrder
+
+
+def test_an_epoch_of_images_is_a_permutation_of_its_own():
+    order = TrainingOrder(50, "image", 12, seed=1)
+    epochs = [[order.window(50 * e + k) for k in range(50)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != [TrainingOrder(50, "image", 12, seed=2).window(k) for k in range(50)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 60), st.integers(0, 5))
+def test_an_epoch_of_text_is_windows_side_by_side_from_one_offset(context, more, seed):
+    length = context + more
+    order = TrainingOrder(length, "text", context, seed)
+    entry = 0
+    for epoch in range(4):
+        (count,) = order.sizes(np.array([epoch]))
+        (offset,) = order.offsets(np.array([epoch]))
+        starts = [order.window(entry + k) for k in range(count)]
+        assert sorted(starts) == list(range(offset, length - context + 1, context))
+        assert 0 <= offset < context
+        entry += count
+
+
+def test_offsets_and_orders_differ_from_epoch_to_epoch():
+    order = TrainingOrder(10_000, "text", 100, seed=3)
+    assert len(set(order.offsets(np.arange(50)).tolist())) > 30
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 3000), st.sampled_from(["image", "text"]))
+def test_any_entry_can_be_asked_for_directly(entry, kind):
+    walked = TrainingOrder(103, kind, 7, seed=5)
+    for k in range(0, entry, 11):
+        walked.window(k)
+    assert walked.window(entry) == TrainingOrder(103, kind, 7, seed=5).window(entry)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_together_see_the_batch_of_one(world):
+    def sampler(rank, world):
+        return StepSampler(TrainingOrder(103, "text", 7, 5), batch_size=8, rank=rank, world=world, steps=9)
+
+    shares = [list(sampler(rank, world)) for rank in range(world)]
+    for step, whole in enumerate(sampler(0, 1)):
+        together = [item for share in shares for item in share[step]]
+        assert sorted(together, key=lambda item: item[1]) == whole
+        assert [row for _, row in whole] == list(range(8))
+
+
+def test_a_sampler_that_starts_later_goes_on_where_another_would_be():
+    def sampler(start):
+        return StepSampler(TrainingOrder(103, "text", 7, 5), batch_size=4, start_step=start, steps=40)
+
+    assert list(sampler(0))[17:] == list(sampler(17))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(UserError, match=r"data.batch_size=6 cannot be shared by 4 ranks: use a multiple, such as 8"):
+        StepSampler(TrainingOrder(9, "image", 12, 1), batch_size=6, world=4, steps=1)
+
+
+def test_too_little_to_train_on_is_refused():
+    with pytest.raises(UserError, match="6 training bytes: 7 are needed"):
+        TrainingOrder(6, "text", 7, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 20), st.data())
+def test_every_byte_is_scored_once_with_its_context(length, context, data):
+    m = data.draw(st.integers(0, min(context, length) - 1))
+    windows = EvaluationWindows(length, context, m)
+    scored = [w.start + k for w in windows for k in range(w.first_scored, w.length)]
+    assert sorted(scored) == list(range(m, length))
+    assert windows.scored == length - m
+    for w in windows:
+        assert w.first_scored >= m
+        assert w.length == context or m == 0 or length < context
+        assert w.start + w.length <= length
+
+
+def test_the_last_window_is_shifted_back_to_end_with_the_split():
+    assert [tuple(w) for w in EvaluationWindows(25, 10, 4)] == [(0, 10, 4), (6, 10, 4), (12, 10, 4), (15, 10, 7)]
+    assert [tuple(w) for w in EvaluationWindows(25, 10)] == [(0, 10, 0), (10, 10, 0), (20, 5, 0)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_windows_without_padding_or_repeats(world):
+    windows = EvaluationWindows(95, 10)
+    shares = [w for rank in range(world) for w in windows.shard(rank, world)]
+    assert sorted(shares) == list(windows)
+
+
+def test_a_limit_spreads_the_windows_over_the_split():
+    starts = [w.start for w in EvaluationWindows(1000, 10, limit=4)]
+    assert starts == [0, 250, 500, 750]
+    assert len(EvaluationWindows(30, 10, limit=9)) == 3
+
+
+def spec(**change):
+    return DataSpec(**({"name": "stdlib", "kind": "text", "context": 16, "synthetic": True} | change))
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"name": "cifar10", "kind": "image", "context": 48}, {"name": "audio", "kind": "audio"}]
+)
+def test_batches_hold_the_bytes_that_the_order_names(change):
+    data = DataModule(spec(**change), batch_size=3, seed=4, max_steps=5)
+    train = data.prepared.split("train")
+    order = TrainingOrder(train, data.spec.kind, data.spec.context, 4)
+    for step, batch in enumerate(data.train_dataloader()):
+        assert batch["rows"].tolist() == [0, 1, 2]
+        for row in range(3):
+            start = order.window(3 * step + row)
+            want = train[start] if data.spec.kind == "image" else train[start : start + 16]
+            assert batch["tokens"][row].tolist() == want.tolist()
+    assert step == 4
+
+
+def test_evaluation_batches_cover_the_split_and_never_mix_lengths():
+    data = DataModule(spec(), batch_size=4, seed=1, max_steps=1, min_context=3)
+    split = data.prepared.split("validation")
+    seen = []
+    for batch in data.evaluation_loader("validation"):
+        for tokens, first in zip(batch["tokens"], batch["first_scored"], strict=True):
+            seen += tokens[first:].tolist()
+    assert seen == split[3:].tolist()
+
+
+def test_workers_give_the_same_batches():
+    def batches(workers):
+        data = DataModule(spec(), batch_size=2, seed=4, max_steps=6, workers=workers)
+        return [b["tokens"].tolist() for b in data.train_dataloader()]
+
+    assert batches(0) == batches(2)
+
+
+def test_overfitting_gives_the_first_batch_at_every_step():
+    data = DataModule(spec(), batch_size=2, seed=4, max_steps=3, overfit=True)
+    first, *others = [b["tokens"].tolist() for b in data.train_dataloader()]
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "mnist"}, "data=mnist is not known"),
+        ({"kind": "image"}, "data.kind=image does not fit data=stdlib"),
+        ({"context": 0}, "data.context=0"),
+        ({"name": "cifar10", "kind": "image", "context": 50}, "nearest are 48"),
+        ({"name": "cifar10", "kind": "image", "context": 48, "synthetic": False}, "use data.context=3072"),
+        ({"unreadable": "drop"}, "data.unreadable=drop"),
+    ],
+)
+def test_a_spec_that_cannot_be_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        spec(**change)
