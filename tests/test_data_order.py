@@ -1,4 +1,4 @@
-"""The order of training and the windows of evaluation: each byte where the contract puts it, for any number of ranks."""
+"""The order of training and the windows of evaluation: each byte in its place, for any number of ranks."""
 
 import numpy as np
 import pytest
@@ -44,6 +44,19 @@ def test_any_entry_can_be_asked_for_directly(entry, kind):
     for k in range(0, entry, 11):
         walked.window(k)
     assert walked.window(entry) == TrainingOrder(103, kind, 7, seed=5).window(entry)
+
+
+def test_a_place_ten_million_entries_ahead_is_found():
+    far, passed = (TrainingOrder(1000, "text", 64, seed=9) for _ in range(2))
+    passed.window(10_000_000 - 17)
+    assert [far.window(10_000_000 + k) for k in range(40)] == [passed.window(10_000_000 + k) for k in range(40)]
+
+
+def test_the_order_of_a_seed_stays_for_ever():
+    """A change here would let every older checkpoint resume on other bytes."""
+    text, image = TrainingOrder(1000, "text", 64, 1), TrainingOrder(20, "image", 12, 1)
+    assert [text.window(k) for k in (0, 1, 2, 100)] == [188, 60, 124, 500]
+    assert [image.window(k) for k in (0, 1, 2, 100)] == [2, 19, 0, 3]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

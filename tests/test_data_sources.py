@@ -334,3 +334,40 @@ def test_a_zip_with_enwik8_is_read_and_a_broken_one_refused(tmp_path):
     (tmp_path / "cut" / "enwik8.zip").write_bytes((tmp_path / "enwik8.zip").read_bytes()[:60])
     with pytest.raises(UserError, match="is no zip file"):
         prepare(text(tmp_path / "cut"))
+
+
+def test_a_zip_or_archive_with_flipped_bits_is_refused(tmp_path, images):
+    with zipfile.ZipFile(tmp_path / "enwik8.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("enwik8", np.random.default_rng(0).integers(97, 123, 50_000, dtype=np.uint8).tobytes())
+    batches = write_batches(tmp_path / "b", images[:10], images[:1])
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(batches, "cifar-10-batches-py")
+    for path, spec, message in (
+        (tmp_path / "enwik8.zip", text, "is a broken zip file"),
+        (tmp_path / "cifar-10-python.tar.gz", cifar, "is not a (whole archive|CIFAR-10 batch file)"),
+    ):
+        data = bytearray(path.read_bytes())
+        middle = len(data) // 2
+        data[middle] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            prepare(spec(path))
+        assert path.exists()  # the user's own file is never removed
+
+
+def test_a_source_that_may_not_be_read_is_one_clear_line(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied", "secret.txt")
+
+    (tmp_path / "secret.txt").write_bytes(b"x" * 100)
+    monkeypatch.setattr("sparse_tx.data.enwik8.file_identity", forbidden)
+    with pytest.raises(UserError, match=r"cannot read the source of data=enwik8.*Permission denied.*secret.txt"):
+        prepare(text(tmp_path / "secret.txt"))
+
+
+def test_a_training_file_alone_has_no_test_split_rather_than_a_made_up_one(tmp_path, images):
+    whole = write_parquet(tmp_path / "a", images[:50], images[50:60])
+    prepared = prepare(cifar(whole / "train.parquet"))
+    assert prepared.meta["counts"] == {"train": 48, "validation": 2, "test": 0}
+    with pytest.raises(UserError, match="has no test split"):
+        prepared.split("test")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from typing import Any
-from typing import Any
 
 import lightning
 import numpy as np

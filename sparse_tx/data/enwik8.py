@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
         with _open(path) as (file, total):
             for split, length in zip(SPLITS, split_lengths(total), strict=True):
                 writer.save(split, (length,), counted(file, length))
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         _refuse(spec, path, f"{path} is a broken zip file ({error})")
     progress.close()
     if spec.source is None and md5.hexdigest() != MD5:

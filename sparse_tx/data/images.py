@@ -19,5 +19,5 @@ def decode_rgb(data: bytes | None, side: int, where: str) -> np.ndarray:
             if image.mode != "RGB":
                 raise UserError(f"{where} is {MODES.get(image.mode, 'not RGB')} (mode {image.mode}): RGB is needed")
             return np.asarray(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, TypeError) as error:
         raise UserError(f"{where} cannot be decoded: {error}") from error

@@ -55,7 +55,10 @@ def prepare(spec: DataSpec, *, download: bool = True) -> Prepared:
         meta, arrays = synthetic_splits(spec)
         return Prepared(spec, meta, arrays=arrays)
     recipe = recipe_for(spec.name)
-    identity = {"recipe": recipe.VERSION, **recipe.identify(spec)}
+    try:
+        identity = {"recipe": recipe.VERSION, **recipe.identify(spec)}
+    except OSError as error:  # no permission, say
+        raise UserError(f"cannot read the source of data={spec.name}: {error}") from error
     folder, meta = stored(
         Path(spec.root).expanduser(), spec.name, identity, lambda writer: recipe.build(spec, writer, download=download)
     )
