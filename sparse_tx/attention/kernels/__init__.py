@@ -22,6 +22,16 @@ except (ImportError, ValueError):
     _HAS_TRITON = False
 
 
+def _too_old(index: int) -> str:
+    """The compute capability of an NVIDIA GPU that is too old; "" of others."""
+    have = torch.cuda.get_device_capability(index)
+    return "" if torch.version.hip is not None or have >= _OLDEST else ".".join(map(str, have))
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: it cannot trace the call inside.
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unsupported(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[AllowsKeys]) -> str | None:
     """Why the kernels cannot run these inputs, with what would; None if they can. No work on the device."""
     if not _HAS_TRITON:
@@ -29,8 +39,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[AllowsKeys])
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
         return f"the tensors are on {q.device.type}: the kernels need a CUDA GPU; use backend='blocked'"
-    if q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < _OLDEST:
-        have = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
+    if q.is_cuda and (have := _too_old(q.device.index)):
         return f"the GPU has compute capability {have}: the kernels need 8.0 or newer; use backend='blocked'"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}: the kernels know float16, bfloat16 and float32; use backend='blocked'"
