@@ -8,7 +8,7 @@ from sparse_tx import command, config
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """cfg: what Hydra composes from configs/evaluate.yaml. Returns bits_per_dim, nats, count, split, weights and more."""
+    """cfg: what Hydra composes from configs/evaluate.yaml. Returns bits_per_dim, nats, count, split, weights, ..."""
     checked = config.evaluating(cfg)
     from sparse_tx.evaluation import run
 

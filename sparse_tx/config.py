@@ -105,7 +105,7 @@ class TrainerConfig:
     strategy: str = "auto"
     precision: str = "auto"
     compile: str = "auto"
-    cuda_graph: str = "auto"
+    cuda_graph: bool = False
     max_steps: int = MISSING
     max_time: str | None = None
     ema_decay: float = 0.999
@@ -265,9 +265,8 @@ def training(cfg: DictConfig) -> TrainConfig:
     _one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
     _one_of("trainer.strategy", trainer.strategy, ("auto", "ddp"))
     trainer.precision = _precision("trainer.precision", trainer.precision)
-    trainer.compile, trainer.cuda_graph = trainer.compile.lower(), trainer.cuda_graph.lower()
+    trainer.compile = trainer.compile.lower()
     _one_of("trainer.compile", trainer.compile, ("auto", "true", "false"))
-    _one_of("trainer.cuda_graph", trainer.cuda_graph, ("auto", "true", "false"))
     if trainer.devices != "auto" and not (trainer.devices.isdigit() and int(trainer.devices) >= 1):
         raise UserError(f"trainer.devices={trainer.devices}: give a number of at least 1, or auto for all there are")
     if trainer.max_time is not None and not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", trainer.max_time):

@@ -171,6 +171,24 @@ def test_compiled_blocks_give_the_losses_of_plain_ones(trained):
         assert compiled[step] == pytest.approx(plain[step], rel=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_gives_the_losses_of_launch_by_launch(compose):
+    from train import train
+
+    def run(graph):
+        settings = ("data=cifar10", "attention=strided", "model.dropout=0.1", "trainer.max_steps=20")
+        return losses(train(compose("train", "debug=fast", "trainer=gpu", f"trainer.cuda_graph={graph}", *settings)))
+
+    plain, captured = run("false"), run("true")
+    assert captured == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_captured_step_is_refused_without_a_gpu(trained):
+    with pytest.raises(UserError, match="needs a GPU"):
+        trained("trainer.cuda_graph=true")
+
+
 def test_profiling_leaves_a_trace_of_three_steps(trained):
     folder = Path(trained("profile=true")["checkpoint"]).parent.parent
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]

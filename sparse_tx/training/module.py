@@ -50,22 +50,17 @@ class TrainingModule(LightningModule):
         tokens = batch["tokens"].long()
         # As a tensor, so that neither compiled code nor a captured graph is made again for each step.
         step = torch.tensor(self.global_step, device=tokens.device)
-        if not self._captured and self._wants_graph():
+        if self.config.trainer.cuda_graph and not self._captured:
             self._capture(tokens, step, batch["rows"])
         loss = self._loss[0](tokens, step, batch["rows"])
         self.log("train/bits_per_dim", loss.detach() / math.log(2), sync_dist=True)
         return loss
 
-    def _wants_graph(self) -> bool:
-        """One process on a GPU: what several ranks add to the backward pass cannot be captured here."""
-        wanted = self.config.trainer.cuda_graph
-        possible = self.device.type == "cuda" and self.trainer.world_size == 1
-        return possible and wanted != "false"
-
     def _capture(self, *inputs: Tensor) -> None:
         """Make the forward and the backward pass one CUDA graph each.
 
-        128 thin layers are some ten thousand launches a step, which take the CPU three times as long as the GPU.
+        128 thin layers are some ten thousand launches a step, which take the CPU three times as long as the GPU (the
+        59M model on one H200: 340 ms of which the GPU works 109).
         """
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):

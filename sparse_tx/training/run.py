@@ -176,6 +176,14 @@ def _device_and_precision(config: TrainConfig) -> tuple[torch.device, str]:
             "trainer.precision=16-mixed needs a GPU (on a CPU Lightning would silently make it bf16): "
             "use 32 or bf16-mixed"
         )
+    if settings.cuda_graph and not config.dry_run:
+        if not cuda:
+            raise UserError("trainer.cuda_graph=true needs a GPU: use trainer.cuda_graph=false")
+        if settings.devices != "1":
+            raise UserError(
+                f"trainer.cuda_graph=true captures the step of one process, not of trainer.devices={settings.devices}: "
+                "use trainer.devices=1 or trainer.cuda_graph=false"
+            )
     if settings.devices != "auto" and cuda and int(settings.devices) > torch.cuda.device_count():
         raise UserError(
             f"trainer.devices={settings.devices}, but {torch.cuda.device_count()} GPUs are visible: "
