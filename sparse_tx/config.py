@@ -7,18 +7,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig
 
 from sparse_tx.attention.heads import KINDS
 from sparse_tx.data.spec import DataSpec
 from sparse_tx.errors import UserError
+from sparse_tx.merge import typed
 from sparse_tx.model.spec import AttentionSpec, ModelSpec
 
 SPLITS = ("train", "validation", "test")
@@ -236,7 +235,7 @@ def config_folder() -> Path:
 
 def training(cfg: DictConfig) -> TrainConfig:
     """A composed `train` config, checked whole: each key, each type, and what must fit together."""
-    config = _typed(cfg, TrainConfig)
+    config = typed(cfg, TrainConfig)
     if config.attention.name not in KINDS:
         raise UserError(f"attention={config.attention.name} is not known: use one of {', '.join(KINDS)}")
     try:
@@ -282,7 +281,7 @@ def training(cfg: DictConfig) -> TrainConfig:
 
 def evaluating(cfg: DictConfig) -> EvaluateConfig:
     """A composed `evaluate` config, checked."""
-    config = _typed(cfg, EvaluateConfig, shared="debug" in cfg)
+    config = typed(cfg, EvaluateConfig, shared="debug" in cfg)
     _one_of("split", config.split, SPLITS)
     _check_checkpoint_keys(config)
     config.precision = _precision("precision", config.precision)
@@ -292,7 +291,7 @@ def evaluating(cfg: DictConfig) -> EvaluateConfig:
 
 def sampling(cfg: DictConfig) -> SampleConfig:
     """A composed `sample` config, checked."""
-    config = _typed(cfg, SampleConfig, shared="debug" in cfg)
+    config = typed(cfg, SampleConfig, shared="debug" in cfg)
     _check_checkpoint_keys(config)
     _at_least(
         {
@@ -306,66 +305,6 @@ def sampling(cfg: DictConfig) -> SampleConfig:
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p}: it is a share of the probability, above 0 and at most 1")
     return config
-
-
-Config = TypeVar("Config")
-
-
-def _typed(cfg: DictConfig, schema: type[Config], *, shared: bool = False) -> Config:
-    """Merge into the schema: unknown keys, wrong types and missing values become one line each.
-
-    shared: the config holds keys of another command too, as a file of the debug group does; they are left out.
-    """
-    try:
-        given = OmegaConf.to_container(cfg)
-        assert isinstance(given, dict)
-        given.pop("hydra", None)
-        if shared:
-            known = _keys(schema)
-            given = {k: _only(v, known, f"{k}.") for k, v in given.items() if k in known}
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise UserError(f"{missing[0]} is missing: add {missing[0]}=... to the command")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(_explain(error, schema)) from None
-    assert isinstance(config, schema)
-    return config
-
-
-def _explain(error: OmegaConfBaseException, schema: type) -> str:
-    key = str(error.full_key or error.key or "")
-    what = str(error).splitlines()[0]
-    known = sorted(_keys(schema))
-    if key and key not in known:
-        siblings = _siblings(key, known)
-        near = difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in siblings], n=1)
-        meant = [k for k in siblings if k.rpartition(".")[2] in near]
-        hint = f"did you mean {meant[0]}?" if meant else f"known there: {', '.join(siblings)}"
-        return f"{key} is not a key of this config: {hint}"
-    return f"{key}: {what}"
-
-
-def _keys(schema: type, prefix: str = "") -> list[str]:
-    keys = []
-    for f in dataclasses.fields(schema):
-        keys.append(prefix + f.name)
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(default):
-            keys += _keys(type(default), f"{prefix}{f.name}.")
-    return keys
-
-
-def _only(value: Any, known: list[str], prefix: str) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {k: _only(v, known, f"{prefix}{k}.") for k, v in value.items() if prefix + k in known}
-
-
-def _siblings(key: str, known: list[str]) -> list[str]:
-    prefix = key.rpartition(".")[0]
-    return [k for k in known if k.rpartition(".")[0] == prefix] or [k for k in known if "." not in k]
 
 
 def _check_checkpoint_keys(config: EvaluateConfig | SampleConfig) -> None:

@@ -1,0 +1,71 @@
+"""A composed config into its dataclass, with each mistake as one line that names the key and what would be right."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparse_tx.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def typed(cfg: DictConfig, schema: type[Config], *, shared: bool = False) -> Config:
+    """Merge into the schema: unknown keys, wrong types and missing values become one line each.
+
+    shared: the config holds keys of another command too, as a file of the debug group does; they are left out.
+    """
+    try:
+        given = OmegaConf.to_container(cfg)
+        assert isinstance(given, dict)
+        given.pop("hydra", None)
+        if shared:
+            known = _keys(schema)
+            given = {k: _only(v, known, f"{k}.") for k, v in given.items() if k in known}
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{missing[0]} is missing: add {missing[0]}=... to the command")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error, schema)) from None
+    assert isinstance(config, schema)
+    return config
+
+
+def _explain(error: OmegaConfBaseException, schema: type) -> str:
+    key = str(error.full_key or error.key or "")
+    what = str(error).splitlines()[0]
+    known = sorted(_keys(schema))
+    if key and key not in known:
+        siblings = _siblings(key, known)
+        near = difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in siblings], n=1)
+        meant = [k for k in siblings if k.rpartition(".")[2] in near]
+        hint = f"did you mean {meant[0]}?" if meant else f"known there: {', '.join(siblings)}"
+        return f"{key} is not a key of this config: {hint}"
+    return f"{key}: {what}"
+
+
+def _keys(schema: type, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(schema):
+        keys.append(prefix + f.name)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            keys += _keys(type(default), f"{prefix}{f.name}.")
+    return keys
+
+
+def _only(value: Any, known: list[str], prefix: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: _only(v, known, f"{prefix}{k}.") for k, v in value.items() if prefix + k in known}
+
+
+def _siblings(key: str, known: list[str]) -> list[str]:
+    prefix = key.rpartition(".")[0]
+    return [k for k in known if k.rpartition(".")[0] == prefix] or [k for k in known if "." not in k]
