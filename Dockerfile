@@ -5,6 +5,7 @@
 # The wheels of torch carry CUDA and Triton; the host gives the driver alone. A C compiler is needed by Triton.
 FROM python:3.12-slim
 
+# hadolint ignore=DL3008 -- the base image's release fixes the versions
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
@@ -16,6 +17,6 @@ COPY sparse_tx sparse_tx
 COPY train.py evaluate.py sample.py ./
 RUN pip install --no-cache-dir --editable '.[wandb,tensorboard]'
 
-RUN useradd --create-home trainer && mkdir -p data outputs && chown trainer data outputs
-USER trainer
+RUN useradd --create-home --uid 1000 trainer && mkdir -p data outputs && chown trainer data outputs
+USER 1000
 CMD ["python", "train.py"]

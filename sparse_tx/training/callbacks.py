@@ -69,6 +69,9 @@ class Bar(RichProgressBar):
         super().__init__(refresh_rate=every)
         self.unit = unit
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"  # by steps: Lightning's "Epoch 0/-2" says nothing here
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]
         seen = trainer.callback_metrics
         shown = {"train/bits_per_dim": f"train {self.unit}", "val/bits_per_dim": f"val {self.unit}"}
