@@ -5,7 +5,8 @@
 # The wheels of torch carry CUDA and Triton; the host gives the driver alone. A C compiler is needed by Triton.
 FROM python:3.12-slim
 
-# hadolint ignore=DL3008 -- the base image's release fixes the versions
+# The base image's release fixes the versions.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
