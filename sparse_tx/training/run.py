@@ -39,6 +39,7 @@ _NOTICES = (
     ".*does not have many workers.*",
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*callbacks used to create the checkpoint need to be provided.*",  # those that save, whose settings may differ
+    ".*your dataloader is not resumable.*",  # it starts at the step of the checkpoint
     ".*The dirpath has changed from.*",  # a resumed run has a folder of its own
     ".*isinstance.treespec, LeafSpec.*",
 )
