@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_pattern import patterns_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,26 +29,10 @@ class EveryThird:
         return (j <= i) & ((i + j) % 3 == 0)
 
 
-def patterns_of(l):
+def blocked_patterns(l):
     c = max(1, l // 2)
-    last = l // c - 1
-    return [
-        Full(),
-        Window(l),
-        Column(l),
-        Column(l, reach=2),
-        Block(l),
-        Summary(l, c),
-        Summary(l, 1, slot=l - 1),
-        Summary(l, l),
-        Global(5),
-        Window(l) | Column(l),
-        Block(l) | Summary(l, c, last),
-        Window(l) | Column(l, reach=3) | Global(2),
-        Window(l) | Block(l) | Column(l) | Summary(l, 1) | Summary(l, c, last) | Global(3),
-        Window(l) | Column(l + 1),
-        EveryThird(),
-    ]
+    many = Window(l) | Block(l) | Column(l) | Summary(l, 1) | Summary(l, c, l // c - 1) | Global(3)
+    return [*patterns_of(l), many, Window(l) | Column(l + 1), EveryThird()]
 
 
 def inputs(S, H=2, Dqk=4, Dv=6, dtype=torch.float64, B=2, seed=0):
@@ -76,7 +61,7 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("l", STRIDES)
 @pytest.mark.parametrize("S", [1, 2, 7, 24, 29])
 def test_blocked_equals_the_oracle_forward_and_backward(small_tiles, S, l):
-    for pattern in patterns_of(l):
+    for pattern in blocked_patterns(l):
         qkv = inputs(S)
         for got, want in zip(run(qkv, pattern, "blocked"), run(qkv, pattern, "oracle"), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, msg=lambda m, p=pattern: f"{p}: {m}")
@@ -88,7 +73,7 @@ def test_blocked_equals_the_oracle_for_any_shape_and_any_heads(data):
     l = data.draw(st.integers(1, 20), "l")
     S = data.draw(st.integers(1, 90), "S")
     H = data.draw(st.integers(1, 4), "H")
-    heads = data.draw(st.lists(st.sampled_from(patterns_of(l)), min_size=H, max_size=H), "heads")
+    heads = data.draw(st.lists(st.sampled_from(blocked_patterns(l)), min_size=H, max_size=H), "heads")
     qkv = inputs(S, H, data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5)), B=1)
     tile, blocked._TILE = blocked._TILE, data.draw(st.sampled_from([1, 16, 256]), "tile")
     try:
@@ -128,7 +113,7 @@ def test_low_precision_is_no_worse_than_twice_dense_torch(dtype, size):
 
 @pytest.mark.parametrize("S", [5, 300, 600])
 def test_attention_without_lse_equals_the_oracle_with_gradients(S):
-    for pattern in patterns_of(8):
+    for pattern in blocked_patterns(8):
         qkv = inputs(S, B=1)
         for a, b in zip(run_plain(qkv, pattern, "blocked"), run_plain(qkv, pattern, "oracle"), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from every_pattern import patterns_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,21 +26,10 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 LOW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bfloat16 wrongly
 
 
-def patterns_of(l):
+def kernel_patterns(l):
     c = max(1, l // 2)
     return [
-        Full(),
-        Window(l),
-        Column(l),
-        Column(l, reach=2),
-        Block(l),
-        Summary(l, c),
-        Summary(l, 1, slot=l - 1),
-        Summary(l, l),
-        Global(5),
-        Window(l) | Column(l),
-        Block(l) | Summary(l, c, l // c - 1),
-        Window(l) | Column(l, reach=3) | Global(2),
+        *patterns_of(l),
         Window(l) | Summary(l, c) | Global(3),
         Column(l) | Summary(l, c) | Global(3),
         Block(l) | Column(l),
@@ -77,7 +67,7 @@ def compare(qkv, patterns, scale=0.25, tolerance=2e-5):
 
 @pytest.mark.parametrize(("S", "l"), [(1, 1), (7, 3), (5, 9), (29, 8), (70, 1), (133, 8), (150, 33)])
 def test_every_pattern_equals_the_oracle_forward_and_backward(S, l):
-    for pattern in patterns_of(l):
+    for pattern in kernel_patterns(l):
         compare(inputs(S), (pattern,))
 
 
@@ -92,7 +82,7 @@ def test_several_tiles_equal_the_oracle(S, l):
 def test_any_shape_and_any_heads_equal_the_oracle(data):
     l = data.draw(st.integers(1, 40), "l")
     H = data.draw(st.integers(1, 4), "H")
-    heads = data.draw(st.lists(st.sampled_from(patterns_of(l)), min_size=H, max_size=H), "heads")
+    heads = data.draw(st.lists(st.sampled_from(kernel_patterns(l)), min_size=H, max_size=H), "heads")
     widths = data.draw(st.sampled_from([(16, 16), (24, 40), (32, 16), (16, 64)]), "widths")
     compare(inputs(data.draw(st.integers(1, 150), "S"), H, *widths), tuple(heads))
 
@@ -106,9 +96,9 @@ def test_heads_with_their_own_slots_share_launches():
 
 
 @pytest.mark.parametrize("name", ["key", "value"])
-@pytest.mark.parametrize("index", range(len(patterns_of(4))))
+@pytest.mark.parametrize("index", range(len(kernel_patterns(4))))
 def test_an_output_moves_with_a_key_exactly_where_the_pattern_allows(index, name):
-    pattern, n = patterns_of(4)[index], 19
+    pattern, n = kernel_patterns(4)[index], 19
     q, k, v = inputs(n)
     moved = torch.cat([torch.zeros(1, n), torch.eye(n)]).to(q)[:, :, None, None]  # entry j + 1 has key j moved
     many = [t.expand(n + 1, -1, -1, -1) for t in (q, k, v)]
