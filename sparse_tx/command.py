@@ -14,9 +14,12 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sparse_tx.config import config_folder
+from sparse_tx.config import EvaluateConfig, SampleConfig, TrainConfig, config_folder
 from sparse_tx.errors import UserError
+from sparse_tx.merge import explain_unknown
 from sparse_tx.training.folders import override
+
+SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "sample": SampleConfig}
 
 
 def main(function: Callable[[DictConfig], Any], config_name: str) -> None:
@@ -45,7 +48,7 @@ def main(function: Callable[[DictConfig], Any], config_name: str) -> None:
             traceback.print_exc()
 
     try:
-        _check_arguments(sys.argv[1:])
+        sys.argv[1:] = _checked(sys.argv[1:], SCHEMAS[config_name], failed)
         job()
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -55,12 +58,18 @@ def main(function: Callable[[DictConfig], Any], config_name: str) -> None:
         sys.exit(1)
 
 
-def _check_arguments(arguments: list[str]) -> None:
-    """An override that Hydra cannot parse and quotes would mend: say how, before Hydra's own message."""
+def _checked(arguments: list[str], schema: type, failed: list[str]) -> list[str]:
+    """The command line, its mistakes told in one line each before Hydra tells them in many.
+
+    A member of a sweep that names an option which does not exist is taken out and counted as failed.
+    """
+    sweep = bool({"-m", "--multirun"} & set(arguments))
     parser = OverridesParser.create()
+    checked = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if argument.startswith("-") or not equals:
+        if argument.startswith(("-", "+", "~", "hydra")) or not equals:
+            checked.append(argument)
             continue
         try:
             parser.parse_override(argument)
@@ -69,6 +78,27 @@ def _check_arguments(arguments: list[str]) -> None:
             raise UserError(
                 f"{argument} cannot be parsed: quote the value, for Hydra and the shell: {quoted}"
             ) from None
+        if (config_folder() / key).is_dir():
+            argument = f"{key}={_known_options(key, value, sweep, failed)}"
+        elif not key.startswith("logger.") and (unknown := explain_unknown(key, schema)) is not None:
+            raise UserError(unknown)
+        checked.append(argument)
+    return checked
+
+
+def _known_options(group: str, value: str, sweep: bool, failed: list[str]) -> str:
+    known = sorted(p.stem for p in (config_folder() / group).glob("*.yaml"))
+    named = [option.strip() for option in value.strip("[]").split(",")]
+    for option in named:
+        if option in (*known, "null", ""):
+            continue
+        problem = f"{group}={option} is not known: use one of {', '.join(known)}"
+        if not sweep or len(named) == 1 or value.startswith("["):
+            raise UserError(problem)
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        failed.append(f"{group}={option}")
+        value = ",".join(o for o in value.split(",") if o.strip() != option)
+    return value
 
 
 def _refuse_several_devices(cfg: DictConfig) -> None:

@@ -32,22 +32,30 @@ def typed(cfg: DictConfig, schema: type[Config], *, shared: bool = False) -> Con
             raise UserError(f"{missing[0]} is missing: add {missing[0]}=... to the command")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(_explain(error, schema)) from None
+        raise UserError(_explain(error, schema) or str(error)) from None
     assert isinstance(config, schema)
     return config
 
 
-def _explain(error: OmegaConfBaseException, schema: type) -> str:
+def _explain(error: OmegaConfBaseException, schema: type) -> str | None:
     key = str(error.full_key or error.key or "")
     what = str(error).splitlines()[0]
     known = sorted(_keys(schema))
     if key and key not in known:
+        return explain_unknown(key, schema)
+    return f"{key}: {what}"
+
+
+def explain_unknown(key: str, schema: type) -> str | None:
+    """One line on a key that the schema has not, with what it may have meant; None if the schema has it."""
+    known = sorted(_keys(schema))
+    if key not in known:
         siblings = _siblings(key, known)
         near = difflib.get_close_matches(key.rpartition(".")[2], [k.rpartition(".")[2] for k in siblings], n=1)
         meant = [k for k in siblings if k.rpartition(".")[2] in near]
         hint = f"did you mean {meant[0]}?" if meant else f"known there: {', '.join(siblings)}"
         return f"{key} is not a key of this config: {hint}"
-    return f"{key}: {what}"
+    return None
 
 
 def _keys(schema: type, prefix: str = "") -> list[str]:
