@@ -1,6 +1,6 @@
 # Trains on a GPU host:
 #   docker build -t sparse-tx .
-#   docker run --gpus all --shm-size 8g -v "$PWD/data:/work/data" -v "$PWD/outputs:/work/outputs" sparse-tx \
+#   docker run --gpus all --shm-size 8g -v "$PWD/data:/app/data" -v "$PWD/outputs:/app/outputs" sparse-tx \
 #       python train.py experiment=cifar10_strided
 # The wheels of torch carry CUDA and Triton; the host gives the driver alone. A C compiler is needed by Triton.
 FROM python:3.12-slim
@@ -11,7 +11,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
-WORKDIR /work
+WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY configs configs
 COPY sparse_tx sparse_tx
