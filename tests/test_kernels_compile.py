@@ -9,13 +9,18 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from sparse_tx.attention import Block, Column, Full, Global, Summary, Window  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+KERNELS = (
+    "attention_forward", "attention_delta", "chain_backward", "compact_backward",
+    "window_forward", "window_backward", "column_forward", "column_backward",
+)  # fmt: skip
 
 
 class Recorder:
@@ -33,9 +38,10 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2):
     from sparse_tx.attention.kernels.plan import plan
 
     found = []
-    for name in ("attention_forward", "attention_delta", "chain_backward", "compact_backward"):
+    for name in KERNELS:
         monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), found))
     monkeypatch.setattr(launch, "_large", lambda t: capability in (80, 90))
+    monkeypatch.setattr(launch, "_has_copy_engine", lambda t: capability >= 90)
     H = len(patterns)
     q, k, v, out = (torch.empty(B, S, H, d, dtype=dtype, device="meta") for d in (Dqk, Dqk, Dv, Dv))
     lse = torch.empty(B, H, S, device="meta")
@@ -53,7 +59,10 @@ def compiled(kernel, args, named, capability):
     signature, attrs = {}, {}
     for name, value in zip(names, args, strict=True):
         if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
+            signature[name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):

@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 
 from sparse_tx.attention.kernels.tiles import (
+    LOG2E,
     chain_bounds,
     chain_until,
+    column_of,
     compact_position,
     keys_before,
     load_rows,
-    position,
     program,
     store_rows,
 )
@@ -40,18 +41,18 @@ def attention_delta(
 
 @triton.jit
 def _row_numbers(
-    LSE, DELTA, DLSE, O, g, rows, valid, sos, DV: tl.constexpr, BDV: tl.constexpr,
+    LSE, DELTA, DLSE, O, g, rows, step, valid, sos, DV: tl.constexpr, BDV: tl.constexpr,
     DELTA_HERE: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """lse in base 2 and delta of some queries; g is their dout."""
-    lse = tl.load(LSE + rows, mask=valid, other=0.0) * 1.4426950408889634
+    lse = tl.load(LSE + rows * step, mask=valid, other=0.0) * LOG2E
     if DELTA_HERE:
         o = load_rows(O, rows, sos, valid, DV, BDV)
         delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
         if HAS_DLSE:
-            delta -= tl.load(DLSE + rows, mask=valid, other=0.0)
+            delta -= tl.load(DLSE + rows * step, mask=valid, other=0.0)
     else:
-        delta = tl.load(DELTA + rows, mask=valid, other=0.0)
+        delta = tl.load(DELTA + rows * step, mask=valid, other=0.0)
     return lse, delta
 
 
@@ -103,15 +104,57 @@ def _compact_dq(
 
 
 @triton.jit
+def _chain_dq(
+    dq, q, g, lse, delta, K, V, sks, svs, start, end, F, lo, hi, scale,
+    DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """Keys [start, end) of the chain, all before the tile. `start` may be negative."""
+    for at0 in tl.range(start, end, BN, num_stages=STAGES):
+        at = at0 + tl.arange(0, BN)
+        there = (at >= 0) & (at < F)
+        k = load_rows(K, at, sks, there, DQ, BDQ)
+        v = load_rows(V, at, svs, there, DV, BDV)
+        seen = at[None, :] >= lo[:, None]
+        if FAR:
+            seen = seen & (at[None, :] <= hi[:, None])
+        ds = _for_queries(q, g, k, v, lse, delta, seen, scale, MASKED or FAR)
+        dq = tl.dot(ds, k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _chain_keys(
+    dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, sqs, sos, sgs, step, start, end, F, f, until, near, scale,
+    DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    DELTA_HERE: tl.constexpr, HAS_DLSE: tl.constexpr, MASKED: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of the tile's keys f from the queries [start, end), all after the tile."""
+    for start_i in tl.range(start, end, BN, num_stages=STAGES):
+        i = start_i + tl.arange(0, BN)
+        there = i < F  # queries that are not there load zeros, which add nothing
+        q = load_rows(Q, i, sqs, there, DQ, BDQ)
+        g = load_rows(G, i, sgs, there, DV, BDV)
+        lse, delta = _row_numbers(LSE, DELTA, DLSE, O, g, i, step, there, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
+        seen = i[None, :] <= until[:, None]
+        if FAR:
+            seen = seen & (i[None, :] - near >= f[:, None])
+        p, ds = _for_keys(k, v, q, g, lse, delta, seen, scale, MASKED or FAR)
+        dv = tl.dot(p, g, dv, input_precision="ieee")
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
 def chain_backward(
     Q, K, V, O, LSE, G, DLSE, DELTA, DQ_, DK_, DV_,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh, sgb, sgs, sgh,
     dqb, dqs, dqh, dkb, dks, dkh, dvb, dvs, dvh,
-    S, H, h0, heads, tiles, scale, softmax_scale,
-    F, A, N, R, near, L, tokens, skip_lo, skip_hi,
-    sumL, sumC, slot, slot_step,
+    S, H, h0, heads, tiles, per, scale, softmax_scale,
+    A, N, R, near, L, tokens, skip_lo, skip_hi, slot, slot_step,
     DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    CHAIN: tl.constexpr, STRIDED: tl.constexpr, GROUPED: tl.constexpr, SINGLE: tl.constexpr, SUMMARY: tl.constexpr,
+    CHAIN: tl.constexpr, STRIDED: tl.constexpr, GROUPED: tl.constexpr, SINGLE: tl.constexpr,
+    sumL: tl.constexpr, sumC: tl.constexpr,
     GLOBAL: tl.constexpr, ADD: tl.constexpr, DELTA_HERE: tl.constexpr, STORE_DELTA: tl.constexpr,
     HAS_DLSE: tl.constexpr, FAR: tl.constexpr, REACHES: tl.constexpr, HEAVY_LAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -136,44 +179,59 @@ def chain_backward(
     LSE += numbers
     DELTA += numbers
     DLSE += numbers
+    F = S
+    least = 0
+    step = 1
+    if STRIDED:
+        r, tile, F, least = column_of(tile, per, S, L, tokens, skip_lo, skip_hi)
+        r = r.to(tl.int64)
+        Q += r * sqs
+        K += r * sks
+        V += r * svs
+        O += r * sos
+        G += r * sgs
+        DQ_ += r * dqs
+        DK_ += r * dks
+        DV_ += r * dvs
+        LSE += r
+        DELTA += r
+        DLSE += r
+        step = r * 0 + L  # in 64 bits, also where Triton takes L or a stride for a constant
+        sqs, sks, svs, sos, sgs = step * sqs, step * sks, step * svs, step * sos, step * sgs
+        dqs, dks, dvs = step * dqs, step * dks, step * dvs
 
     f0 = tile * A
     f = f0 + tl.arange(0, BT)
-    rows = position(f, N, L, STRIDED)
-    valid = (f < tl.minimum(f0 + A, F)) & (rows < S)
-    q = load_rows(Q, rows, sqs, valid, DQ, BDQ)
-    g = load_rows(G, rows, sgs, valid, DV, BDV)
-    lse, delta = _row_numbers(LSE, DELTA, DLSE, O, g, rows, valid, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
+    valid = f < tl.minimum(f0 + A, F)
+    q = load_rows(Q, f, sqs, valid, DQ, BDQ)
+    g = load_rows(G, f, sgs, valid, DV, BDV)
+    lse, delta = _row_numbers(LSE, DELTA, DLSE, O, g, f, step, valid, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
     if STORE_DELTA:
-        tl.store(DELTA + rows, delta, mask=valid)
+        tl.store(DELTA + f * step, delta, mask=valid)
     dq = tl.zeros([BT, BDQ], tl.float32)
 
     # dq is complete and stored before dk and dv begin: together they would not fit the registers.
     if CHAIN:
-        lo, hi = chain_bounds(f, valid, S, N, R, near, L, tokens, skip_lo, skip_hi, STRIDED, GROUPED)
-        if not SINGLE:
-            begin = tl.maximum(f0 - R, 0)
-            if GROUPED:
-                begin = tl.maximum(begin, f0 - f0 % N)
-            # Whole steps that end at the tile: then `lo` alone bounds them, unless `near` is more than one step.
-            for start in tl.range(f0 - tl.cdiv(f0 - begin, BN) * BN, f0, BN, num_stages=STAGES):
-                at = start + tl.arange(0, BN)
-                pj = position(at, N, L, STRIDED)
-                there = (at >= 0) & (pj < S)
-                kj = load_rows(K, pj, sks, there, DQ, BDQ)
-                vj = load_rows(V, pj, svs, there, DV, BDV)
-                seen = at[None, :] >= lo[:, None]
-                if FAR:
-                    seen = seen & (at[None, :] <= hi[:, None])
-                ds_j = _for_queries(q, g, kj, vj, lse, delta, seen, scale, MASKED=True)
-                dq = tl.dot(ds_j, kj, dq, input_precision="ieee")
-        upper = lo
-        upper_first = tl.maximum(f0 - R, 0)
-        last = tl.minimum(f0 + A, S) - 1
-        upper_last = tl.maximum(last - R, 0)
+        lo, hi = chain_bounds(f, valid, N, R, near, least, GROUPED)
+        upper_first = tl.maximum(f0 - R, least)
+        last = tl.minimum(f0 + A, F) - 1
+        upper_last = tl.maximum(last - R, least)
         if GROUPED:
             upper_first = tl.maximum(upper_first, f0 - f0 % N)
             upper_last = tl.maximum(upper_last, last - last % N)
+        if not SINGLE:
+            # Whole steps that end at the tile: then `lo` alone bounds them, unless `near` is more than one step.
+            all_see = f0 - tl.maximum(f0 - upper_last, 0) // BN * BN
+            start = all_see - tl.cdiv(tl.maximum(all_see - upper_first, 0), BN) * BN
+            dq = _chain_dq(
+                dq, q, g, lse, delta, K, V, sks, svs, start, all_see, F, lo, hi, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=True, FAR=FAR,
+            )  # fmt: skip
+            dq = _chain_dq(
+                dq, q, g, lse, delta, K, V, sks, svs, all_see, f0, F, lo, hi, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=False, FAR=FAR,
+            )  # fmt: skip
+        upper = lo
     else:
         upper = f + 1
         upper_first = f0 + 1
@@ -184,7 +242,7 @@ def chain_backward(
             dq, q, g, lse, delta, K, V, sks, svs, tl.minimum(upper_first, count), tl.minimum(upper_last, count),
             tl.minimum(upper, count), 0, S, count, 0, scale, DQ, DV, BDQ, BDV, BN, STAGES,
         )  # fmt: skip
-    if SUMMARY:
+    if sumL > 0:
         first = sumL - ((slot + h * slot_step) % (sumL // sumC) + 1) * sumC
         dq = _compact_dq(
             dq, q, g, lse, delta, K, V, sks, svs, keys_before(upper_first, sumL, sumC, first),
@@ -194,39 +252,40 @@ def chain_backward(
     dk = tl.zeros([BT, BDQ], tl.float32)
     dv = tl.zeros([BT, BDV], tl.float32)
     if CHAIN:
-        k = load_rows(K, rows, sks, valid, DQ, BDQ)
-        v = load_rows(V, rows, svs, valid, DV, BDV)
+        k = load_rows(K, f, sks, valid, DQ, BDQ)
+        v = load_rows(V, f, svs, valid, DV, BDV)
         sees = f[:, None] <= hi[None, :]
         if not REACHES:
             sees = sees & (f[:, None] >= lo[None, :])
         p, ds = _for_keys(k, v, q, g, lse, delta, sees, scale, MASKED=True)
         dq = tl.dot(tl.trans(ds), k, dq, input_precision="ieee")
-        store_rows(DQ_, rows, dqs, valid, dq * softmax_scale, DQ, BDQ, ADD)
+        store_rows(DQ_, f, dqs, valid, dq * softmax_scale, DQ, BDQ, ADD)
         dv = tl.dot(p, g, dv, input_precision="ieee")
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         if not SINGLE:
+            # Queries that see all of the tile's keys, then those that see some.
+            until = chain_until(f, N, R, least, GROUPED)
+            until_first = f0 + R
             end = tl.minimum(f0 + BT + R, F)
             if GROUPED:
+                until_first = tl.minimum(until_first, f0 - f0 % N + N - 1)
                 end = tl.minimum(end, (f0 + BT - 1) // N * N + N)
-            until = chain_until(f, S, N, R, L, tokens, skip_lo, skip_hi, STRIDED, GROUPED)
-            for start in tl.range(f0 + BT, end, BN, num_stages=STAGES):
-                fi = start + tl.arange(0, BN)
-                ri = position(fi, N, L, STRIDED)
-                # Queries that are not there load zeros, which add nothing.
-                there = (fi < F) & (ri < S)
-                qi = load_rows(Q, ri, sqs, there, DQ, BDQ)
-                gi = load_rows(G, ri, sgs, there, DV, BDV)
-                lse_i, delta_i = _row_numbers(LSE, DELTA, DLSE, O, gi, ri, there, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
-                seen_by = fi[None, :] <= until[:, None]
-                if FAR:
-                    seen_by = seen_by & (fi[None, :] - near >= f[:, None])
-                p_i, ds_i = _for_keys(k, v, qi, gi, lse_i, delta_i, seen_by, scale, MASKED=True)
-                dv = tl.dot(p_i, gi, dv, input_precision="ieee")
-                dk = tl.dot(ds_i, qi, dk, input_precision="ieee")
+            begin = f0 + BT
+            if STRIDED:
+                until_first = tl.where(f0 < least, -1, until_first)
+            some_see = begin + tl.maximum(tl.minimum(until_first + 1, end) - begin, 0) // BN * BN
+            dk, dv = _chain_keys(
+                dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, sqs, sos, sgs, step, begin, some_see, F, f, until, near, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, DELTA_HERE, HAS_DLSE, MASKED=False, FAR=FAR,
+            )  # fmt: skip
+            dk, dv = _chain_keys(
+                dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, sqs, sos, sgs, step, some_see, end, F, f, until, near, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, DELTA_HERE, HAS_DLSE, MASKED=True, FAR=FAR,
+            )  # fmt: skip
     else:
-        store_rows(DQ_, rows, dqs, valid, dq * softmax_scale, DQ, BDQ, ADD)
-    store_rows(DK_, rows, dks, valid, dk * softmax_scale, DQ, BDQ, ADD)
-    store_rows(DV_, rows, dvs, valid, dv, DV, BDV, ADD)
+        store_rows(DQ_, f, dqs, valid, dq * softmax_scale, DQ, BDQ, ADD)
+    store_rows(DK_, f, dks, valid, dk * softmax_scale, DQ, BDQ, ADD)
+    store_rows(DV_, f, dvs, valid, dv, DV, BDV, ADD)
 
 
 @triton.jit
@@ -234,11 +293,14 @@ def compact_backward(
     Q, K, V, LSE, G, DELTA, DK_, DV_,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sgb, sgs, sgh, dkb, dks, dkh, dvb, dvs, dvh,
     S, H, h0, heads, tiles, scale, softmax_scale,
-    N, R, tokens, L, C, slot, slot_step,
+    N, R, tokens, slot, slot_step,
     DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHAIN: tl.constexpr, GROUPED: tl.constexpr, IS_GLOBAL: tl.constexpr, STAGES: tl.constexpr,
+    CHAIN: tl.constexpr, GROUPED: tl.constexpr, sumL: tl.constexpr, sumC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of BN keys of a compact part, added to what is there. CHAIN: the keys from the chain's lo on are local."""
+    """dk, dv of BN keys of a compact part, added to what is there: of the summary, or of the global tokens if sumL = 0.
+
+    CHAIN: the keys from the chain's lo on are local.
+    """
     tile, b, h = program(tiles, heads, False)
     head = h0 + h
     batch = b.to(tl.int64)
@@ -253,12 +315,16 @@ def compact_backward(
     LSE += numbers
     DELTA += numbers
 
-    if IS_GLOBAL:
-        first = 0
-        skip = 0
-    else:
+    if sumL > 0:
+        L: tl.constexpr = sumL
+        C: tl.constexpr = sumC
         first = L - ((slot + h * slot_step) % (L // C) + 1) * C
         skip = keys_before(tokens, L, C, first)
+    else:
+        L = S
+        C = tl.minimum(tokens, S)
+        first = 0
+        skip = 0
     at0 = skip + tile * BN
     at = at0 + tl.arange(0, BN)
     p = compact_position(at, L, C, first)
@@ -288,7 +354,7 @@ def compact_backward(
         seen = i < S
         q = load_rows(Q, i, sqs, seen, DQ, BDQ)
         g = load_rows(G, i, sgs, seen, DV, BDV)
-        lse = tl.load(LSE + i, mask=seen, other=0.0) * 1.4426950408889634
+        lse = tl.load(LSE + i, mask=seen, other=0.0) * LOG2E
         delta = tl.load(DELTA + i, mask=seen, other=0.0)
         if CHAIN:
             upper = tl.maximum(i - R, 0)
@@ -305,7 +371,7 @@ def compact_backward(
         seen = i < S
         q = load_rows(Q, i, sqs, seen, DQ, BDQ)
         g = load_rows(G, i, sgs, seen, DV, BDV)
-        lse = tl.load(LSE + i, mask=seen, other=0.0) * 1.4426950408889634
+        lse = tl.load(LSE + i, mask=seen, other=0.0) * LOG2E
         delta = tl.load(DELTA + i, mask=seen, other=0.0)
         pt, ds = _for_keys(k, v, q, g, lse, delta, None, scale, MASKED=False)
         dv = tl.dot(pt, g, dv, input_precision="ieee")

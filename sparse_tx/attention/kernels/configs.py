@@ -13,6 +13,16 @@ class Config(NamedTuple):
     registers: int | None = None  # most registers a thread may have: fewer let more programs share a multiprocessor
 
 
+class Walk(NamedTuple):
+    """Of a kernel that walks along tiles of a window, or along columns."""
+
+    tile: int  # entries of a tile
+    warps: int
+    stages: int
+    programs: int  # on a multiprocessor, over which the walks are spread
+    registers: int | None = None
+
+
 # (kernel, part, Dqk, Dv, bytes of an element) -> Config. Kernels: "forward", "backward" (chain_backward), "keys"
 # (compact_backward). Parts: "window", "full", "fixed" (with summary or global keys), "column" and "block", followed by
 # the least of 32, 64 and 128 that holds a whole column or block if one does. Medians on one H200, cold L2.
@@ -37,6 +47,17 @@ TUNED: dict[tuple[str, str, int, int, int], Config] = {
     ("backward", "fixed", 64, 64, 2): Config(64, 32, 4, 3, 168),
     ("keys", "fixed", 64, 64, 2): Config(32, 64, 4, 3),
 }
+
+
+# (kernel, part, Dqk, Dv) -> Walk, of 16 bits.
+WALKS: dict[tuple[str, str, int, int], Walk] = {}
+MOST_BACK = 4  # tiles that a window reaches back, at most
+MOST_TILES = 3  # of a column
+
+
+def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:
+    """None where tiles of their own do better: part is "window", or "column" with the least size that holds one."""
+    return WALKS.get((kernel, part, Dqk, Dv))
 
 
 def power_of_two(width: int) -> int:

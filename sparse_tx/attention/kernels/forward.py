@@ -4,11 +4,13 @@ import triton
 import triton.language as tl
 
 from sparse_tx.attention.kernels.tiles import (
+    LN2,
+    LOG2E,
     chain_bounds,
+    column_of,
     compact_position,
     keys_before,
     load_rows,
-    position,
     program,
     store_rows,
 )
@@ -54,19 +56,35 @@ def _compact(
 
 
 @triton.jit
+def _chain(
+    acc, top, total, q, K, V, sks, svs, start, end, F, lo, hi, scale,
+    DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys [start, end) of the chain."""
+    for at0 in tl.range(start, end, BN, num_stages=STAGES):
+        at = at0 + tl.arange(0, BN)
+        k = load_rows(K, at, sks, at < F, DQ, BDQ)
+        v = load_rows(V, at, svs, at < F, DV, BDV)
+        acc, top, total = _absorb(acc, top, total, q, k, v, at, lo, hi, scale, MASKED)
+    return acc, top, total
+
+
+@triton.jit
 def attention_forward(
     Q, K, V, O, LSE,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh,
-    S, H, h0, heads, tiles, scale,
-    F, A, N, R, near, L, tokens, skip_lo, skip_hi,
-    sumL, sumC, slot, slot_step,
+    S, H, h0, heads, tiles, per, scale,
+    A, N, R, near, L, tokens, skip_lo, skip_hi, slot, slot_step,
     DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHAIN: tl.constexpr, STRIDED: tl.constexpr, GROUPED: tl.constexpr, SINGLE: tl.constexpr, SUMMARY: tl.constexpr,
+    CHAIN: tl.constexpr, STRIDED: tl.constexpr, GROUPED: tl.constexpr, SINGLE: tl.constexpr,
+    sumL: tl.constexpr, sumC: tl.constexpr,
     GLOBAL: tl.constexpr, MERGE: tl.constexpr, HEAVY_LAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """MERGE: O and LSE hold the result over other keys, with which the softmax begins. SINGLE: no key outside the tile.
 
-    scale is in base 2: softmax scale / ln 2. Tiles begin every A <= BM entries.
+    scale is in base 2: softmax scale / ln 2. Tiles begin every A <= BM entries. STRIDED: `per` tiles a column, each of
+    which is a sequence with rows L apart. sumL > 0: with the summary of stride sumL and sumC columns.
     """
     tile, b, h = program(tiles, heads, HEAVY_LAST)
     head = h0 + h
@@ -75,45 +93,62 @@ def attention_forward(
     V += b.to(tl.int64) * svb + head.to(tl.int64) * svh
     O += b.to(tl.int64) * sob + head.to(tl.int64) * soh
     LSE += (b.to(tl.int64) * H + head) * S
+    F = S
+    least = 0
+    step = 1
+    if STRIDED:
+        r, tile, F, least = column_of(tile, per, S, L, tokens, skip_lo, skip_hi)
+        r = r.to(tl.int64)
+        Q += r * sqs
+        K += r * sks
+        V += r * svs
+        O += r * sos
+        LSE += r
+        step = r * 0 + L  # in 64 bits, also where Triton takes L or a stride for a constant
+        sqs, sks, svs, sos = step * sqs, step * sks, step * svs, step * sos
 
     f0 = tile * A
     f = f0 + tl.arange(0, BM)
-    rows = position(f, N, L, STRIDED)
-    valid = (f < tl.minimum(f0 + A, F)) & (rows < S)
-    q = load_rows(Q, rows, sqs, valid, DQ, BDQ)
+    valid = f < tl.minimum(f0 + A, F)
+    q = load_rows(Q, f, sqs, valid, DQ, BDQ)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
     if MERGE:
-        top = tl.load(LSE + rows, mask=valid, other=float("-inf")) * 1.4426950408889634
+        top = tl.load(LSE + f * step, mask=valid, other=float("-inf")) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
-        acc += load_rows(O, rows, sos, valid, DV, BDV).to(tl.float32)
+        acc += load_rows(O, f, sos, valid, DV, BDV).to(tl.float32)
 
     if CHAIN:
-        lo, hi = chain_bounds(f, valid, S, N, R, near, L, tokens, skip_lo, skip_hi, STRIDED, GROUPED)
-        if SINGLE:
-            k = load_rows(K, rows, sks, valid, DQ, BDQ)
-            v = load_rows(V, rows, svs, valid, DV, BDV)
-            acc, top, total = _absorb(acc, top, total, q, k, v, f, lo, hi, scale, MASKED=True)
-        else:
-            start = tl.maximum(f0 - R, 0)
-            if GROUPED:
-                start = tl.maximum(start, f0 - f0 % N)
-            end = tl.minimum(f0 + A - near, F)
-            for at0 in tl.range(start, end, BN, num_stages=STAGES):
-                at = at0 + tl.arange(0, BN)
-                p = position(at, N, L, STRIDED)
-                seen = (at < end) & (p < S)
-                k = load_rows(K, p, sks, seen, DQ, BDQ)
-                v = load_rows(V, p, svs, seen, DV, BDV)
-                acc, top, total = _absorb(acc, top, total, q, k, v, at, lo, hi, scale, MASKED=True)
-        upper = lo
-        upper_first = tl.maximum(f0 - R, 0)
-        last = tl.minimum(f0 + A, S) - 1
-        upper_last = tl.maximum(last - R, 0)
+        lo, hi = chain_bounds(f, valid, N, R, near, least, GROUPED)
+        upper_first = tl.maximum(f0 - R, least)
+        last = tl.minimum(f0 + A, F) - 1
+        upper_last = tl.maximum(last - R, least)
         if GROUPED:
             upper_first = tl.maximum(upper_first, f0 - f0 % N)
             upper_last = tl.maximum(upper_last, last - last % N)
+        if SINGLE:
+            k = load_rows(K, f, sks, valid, DQ, BDQ)
+            v = load_rows(V, f, svs, valid, DV, BDV)
+            acc, top, total = _absorb(acc, top, total, q, k, v, f, lo, hi, scale, MASKED=True)
+        else:
+            # Keys that only some of the tile's queries see, those that all see, and those about the diagonal.
+            end = tl.minimum(f0 + A - near, F)
+            all_see = upper_first + tl.cdiv(upper_last - upper_first, BN) * BN
+            diagonal = tl.maximum(upper_first + tl.maximum(f0 - near + 1 - upper_first, 0) // BN * BN, all_see)
+            acc, top, total = _chain(
+                acc, top, total, q, K, V, sks, svs, upper_first, tl.minimum(all_see, end), F, lo, hi, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=True,
+            )  # fmt: skip
+            acc, top, total = _chain(
+                acc, top, total, q, K, V, sks, svs, all_see, tl.minimum(diagonal, end), F, lo, hi, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=False,
+            )  # fmt: skip
+            acc, top, total = _chain(
+                acc, top, total, q, K, V, sks, svs, diagonal, end, F, lo, hi, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=True,
+            )  # fmt: skip
+        upper = lo
     else:
         upper = f + 1
         upper_first = f0 + 1
@@ -126,7 +161,7 @@ def attention_forward(
             acc, top, total, q, K, V, sks, svs, tl.minimum(upper_first, count), tl.minimum(upper_last, count), lim,
             0, S, count, 0, scale, DQ, DV, BDQ, BDV, BN, STAGES,
         )  # fmt: skip
-    if SUMMARY:
+    if sumL > 0:
         first = sumL - ((slot + h * slot_step) % (sumL // sumC) + 1) * sumC
         lim = keys_before(upper, sumL, sumC, first)
         acc, top, total = _compact(
@@ -137,6 +172,6 @@ def attention_forward(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
-    tl.store(LSE + rows, lse, mask=valid)
-    store_rows(O, rows, sos, valid, acc, DV, BDV, ADD=False)
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    tl.store(LSE + f * step, lse, mask=valid)
+    store_rows(O, f, sos, valid, acc, DV, BDV, ADD=False)

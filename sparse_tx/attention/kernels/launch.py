@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
-from sparse_tx.attention.kernels.configs import Config, config, power_of_two
+from sparse_tx.attention.kernels.column import column_backward, column_forward
+from sparse_tx.attention.kernels.configs import MOST_BACK, MOST_TILES, Config, Walk, config, power_of_two, walk
 from sparse_tx.attention.kernels.forward import attention_forward
 from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Run, runs_of
+from sparse_tx.attention.kernels.window import window_backward, window_forward
 
 _LOG2E = 1.4426950408889634
 _LARGE: dict[int | None, bool] = {}
 
 
 class Chain(NamedTuple):
-    """Numbers of one pass: `entries` queries and keys in groups of N, of which a query sees those near .. R back."""
+    """Numbers of one pass over sequences of N entries each, in groups if `grouped`, of which a query sees those
+    near .. R back: the whole sequence in groups of N, or its columns, rows L apart.
+    """
 
     part: str
-    entries: int
     N: int
     R: int
     near: int
@@ -36,10 +41,9 @@ class Chain(NamedTuple):
 
 def _column(run: Run, S: int) -> Chain:
     steps = -(-S // run.column)
-    entries = steps * min(run.column, S)
-    skip = (0, 0)  # columns of a summary: set by the kernel's caller for each slot
+    skip = (0, 0)  # columns of a summary: set by the caller, for each slot
     reach = S if run.reach < 0 else run.reach
-    return Chain("column", entries, steps, reach, run.near, run.column, run.tokens, skip, True, True, True)
+    return Chain("column", steps, min(reach, steps), run.near, run.column, run.tokens, skip, True, True, False)
 
 
 def _rows(run: Run, S: int) -> Chain:
@@ -47,7 +51,7 @@ def _rows(run: Run, S: int) -> Chain:
     part = {NO_LOCAL: "fixed", WINDOW: "window", BLOCK: "block", FULL: "full"}[run.local]
     if run.summary or run.tokens:
         part = "fixed"
-    return Chain(part, S, N, min(R, S), 0, 1, run.tokens, (0, 0), run.local != NO_LOCAL, False, run.local == BLOCK)
+    return Chain(part, N, min(R, S), 0, 1, run.tokens, (0, 0), run.local != NO_LOCAL, False, run.local == BLOCK)
 
 
 def _large(t: Tensor) -> bool:
@@ -58,15 +62,91 @@ def _large(t: Tensor) -> bool:
     return _LARGE[index]
 
 
-def _tiling(kernel: str, chain: Chain, q: Tensor, v: Tensor) -> tuple[Config, int, bool]:
-    """Configuration, entries from one tile to the next, and whether tiles hold whole groups."""
-    part = chain.part
-    if chain.grouped and part != "fixed":
-        part += next((f" {most}" for most in (32, 64, 128) if most >= chain.N), "")
-    chosen = config(kernel, part, q.shape[-1], v.shape[-1], q.element_size(), _large(q))
-    if chain.grouped and chosen.rows >= chain.N:
-        return chosen, chosen.rows // chain.N * chain.N, True
-    return chosen, chosen.rows, False
+def _has_copy_engine(t: Tensor) -> bool:
+    return not t.is_cuda or torch.cuda.get_device_capability(t.device) >= (9, 0)
+
+
+class Tiling(NamedTuple):
+    """A configuration; tiles in all, of a column (`per`), entries from one to the next, and whether each holds whole
+    groups or a whole column.
+    """
+
+    config: Config
+    tiles: int
+    per: int
+    advance: int
+    single: bool
+
+
+def _part(chain: Chain) -> str:
+    """The part as the tables name it."""
+    if not (chain.grouped or chain.strided) or chain.part == "fixed":
+        return chain.part
+    return chain.part + next((f" {most}" for most in (32, 64, 128) if most >= chain.N), "")
+
+
+def _tiling(kernel: str, chain: Chain, q: Tensor, v: Tensor) -> Tiling:
+    chosen = config(kernel, _part(chain), q.shape[-1], v.shape[-1], q.element_size(), _large(q))
+    S = q.shape[1]
+    if chain.strided:
+        chosen = chosen._replace(rows=min(chosen.rows, power_of_two(chain.N)))
+        per = -(-chain.N // chosen.rows)
+        return Tiling(chosen, per * min(chain.L, S), per, chosen.rows, per == 1)
+    single = chain.grouped and chosen.rows >= chain.N
+    advance = chosen.rows // chain.N * chain.N if single else chosen.rows
+    return Tiling(chosen, -(-S // advance), 1, advance, single)
+
+
+def _walk(kernel: str, chain: Chain, *tensors: Tensor) -> Walk | None:
+    """How to walk this pass with one program for many tiles; None where tiles of their own do better, or must do it.
+
+    tensors: q, v and whatever else is read or written by rows.
+    """
+    q, v = tensors[:2]
+    plain = chain.tokens == 0 and chain.skip == (0, 0)
+    if chain.part not in ("window", "column") or not plain or q.element_size() != 2:
+        return None
+    chosen = walk(kernel, _part(chain), q.shape[-1], v.shape[-1]) if _has_copy_engine(q) else None
+    if chosen is None:
+        return None
+    if chain.strided:
+        fits = -(-chain.N // chosen.tile) <= MOST_TILES
+    else:
+        fits = -(-chain.R // chosen.tile) <= MOST_BACK
+    if not fits:
+        return None
+    # What the copy engine takes: rows of whole 16 bytes, and of the numbers (B, H, S) and the columns no part.
+    if q.shape[1] % (chain.L if chain.strided else 4):
+        return None
+    return chosen if all(_copyable(t) for t in tensors) else None
+
+
+def _copyable(t: Tensor) -> bool:
+    return t.data_ptr() % 16 == 0 and all(n * t.element_size() % 16 == 0 for n in _strides(t))
+
+
+def _descriptor(t: Tensor, chain: Chain, tile: int) -> TensorDescriptor:
+    """Of t (B, S, H, D), as the walks read it, or of numbers (B, H, S)."""
+    if t.dim() == 3:
+        return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, tile])
+    B, S, H, D = t.shape
+    b, s, h = _strides(t)
+    width = power_of_two(D)
+    if chain.strided:
+        L = chain.L
+        return TensorDescriptor(t, [B, H, L, S // L, D], [b, h, s, s * L, 1], [1, 1, 1, tile, width])
+    return TensorDescriptor(t, [B, H, S, D], [b, h, s, 1], [1, 1, tile, width])
+
+
+def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
+    """Tiles a program walks along, and programs along them; `rest` other programs run beside each."""
+    length = max(1, -(-tiles * rest // (chosen.programs * _multiprocessors(device.index))))
+    return length, -(-tiles // length)
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _by_slot(run: Run) -> list[Run]:
@@ -107,20 +187,71 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, numbers: 
         q, scale = q * scale, 1.0
     for run in _runs(numbers):
         for turn, chain in enumerate(_passes(run, S)):
-            chosen, advance, single = _tiling("forward", chain, q, v)
-            tiles = -(-chain.entries // advance)
+            if (walked := _walk("forward", chain, q, v, k, out)) is not None:
+                _walk_forward(chain, run, walked, turn > 0, q, k, v, out, lse, scale)
+                continue
+            chosen, tiles, per, advance, single = _tiling("forward", chain, q, v)
             attention_forward[(tiles * B * run.heads,)](
                 q, k, v, out, lse,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(out),
-                S, H, run.head, run.heads, tiles, scale * _LOG2E,
-                chain.entries, advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip,
-                run.summary, run.c, run.slot, run.slot_step,
+                S, H, run.head, run.heads, tiles, per, scale * _LOG2E,
+                advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip, run.slot, run.slot_step,
                 DQ=Dqk, DV=Dv, BDQ=power_of_two(Dqk), BDV=power_of_two(Dv), BM=chosen.rows, BN=chosen.keys,
                 CHAIN=chain.present, STRIDED=chain.strided, GROUPED=chain.grouped, SINGLE=single,
-                SUMMARY=run.summary > 0 and not chain.strided, GLOBAL=run.tokens > 0 and not chain.strided,
+                sumL=0 if chain.strided else run.summary, sumC=run.c, GLOBAL=run.tokens > 0 and not chain.strided,
                 MERGE=turn > 0, HEAVY_LAST=chain.part in ("fixed", "full"), STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
+
+
+def _walk_forward(
+    chain: Chain, run: Run, chosen: Walk, merge: bool, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    scale: float,
+) -> None:  # fmt: skip
+    B, S, H, Dqk = q.shape
+    Dv = v.shape[-1]
+    constants = {"BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv), "BT": chosen.tile}
+    tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
+    length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
+    arguments = *(_descriptor(t, chain, chosen.tile) for t in (q, k, v, out)), lse, S, H, run.head, run.heads
+    options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers}
+    grid = (chunks * B * run.heads,)
+    if chain.strided:
+        column_forward[grid](
+            *arguments, chunks, length, chain.L, scale * _LOG2E,
+            NEAR=chain.near, R=chain.R, NT=-(-chain.N // chosen.tile), **constants, **options,
+        )  # fmt: skip
+    else:
+        window_forward[grid](
+            *arguments, chunks, length, scale * _LOG2E, R=chain.R, MERGE=merge, **constants, **options
+        )  # fmt: skip
+
+
+def _walk_backward(
+    chain: Chain, run: Run, chosen: Walk, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
+    tensors: tuple[Tensor, ...], scale: float,
+) -> None:  # fmt: skip
+    """tensors: q, k, v, out, lse, dout, dlse, delta, dq, dk, dv."""
+    q, v = tensors[0], tensors[2]
+    B, S, H, Dqk = q.shape
+    Dv = v.shape[-1]
+    constants = {"BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv), "BT": chosen.tile}
+    tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
+    length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
+    by_pointer = (3,) if chain.strided else ()
+    described = [t if t.dim() in by_pointer else _descriptor(t, chain, chosen.tile) for t in tensors]
+    options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers, "HAS_DLSE": has_dlse}
+    grid = (chunks * B * run.heads,)
+    arguments = *described, S, H, run.head, run.heads, chunks, length
+    if chain.strided:
+        column_backward[grid](
+            *arguments, chain.L, scale * _LOG2E, scale,
+            NEAR=chain.near, R=chain.R, NT=-(-chain.N // chosen.tile), STORE_DELTA=store_delta, **constants, **options,
+        )  # fmt: skip
+    else:
+        window_backward[grid](
+            *arguments, scale * _LOG2E, scale, R=chain.R, ADD=add, DELTA_HERE=delta_here, **constants, **options
+        )  # fmt: skip
 
 
 def backward(
@@ -148,8 +279,9 @@ def backward(
         chains = _passes(run, S)
         compact = bool(run.summary or run.tokens)
         tilings = [_tiling("backward", chain, q, v) for chain in chains]
+        walks = [_walk("backward", chain, q, v, k, out, dout, dq, dk, dv) for chain in chains]
         # Where the first pass sees each query once, it makes delta on the way; a window alone makes it where needed.
-        single_first = tilings[0][2]
+        single_first = tilings[0].single or (walks[0] is not None and chains[0].strided)
         here = single_first or (chains[0].part == "window" and len(chains) == 1)
         if not here:
             rows = 64
@@ -158,21 +290,26 @@ def backward(
                 S, H, run.head, run.heads,
                 DV=Dv, BDV=power_of_two(Dv), BM=rows, HAS_DLSE=has_dlse, num_warps=4,
             )  # fmt: skip
-        for turn, (chain, (chosen, advance, single)) in enumerate(zip(chains, tilings, strict=True)):
-            tiles = -(-chain.entries // advance)
+        for turn, (chain, (chosen, tiles, per, advance, single)) in enumerate(zip(chains, tilings, strict=True)):
+            if (walked := walks[turn]) is not None:
+                _walk_backward(
+                    chain, run, walked, turn > 0, here and turn == 0, len(chains) > 1 or compact, has_dlse,
+                    (q, k, v, out, lse, dout, dlse if dlse is not None else lse, delta, dq, dk, dv), scale,
+                )  # fmt: skip
+                continue
             chain_backward[(tiles * B * run.heads,)](
                 q, k, v, out, lse, dout, dlse if dlse is not None else lse, delta, dq, dk, dv,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout),
                 *_strides(dq), *_strides(dk), *_strides(dv),
-                S, H, run.head, run.heads, tiles, scale * _LOG2E, scale,
-                chain.entries, advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip,
-                run.summary, run.c, run.slot, run.slot_step,
+                S, H, run.head, run.heads, tiles, per, scale * _LOG2E, scale,
+                advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip, run.slot, run.slot_step,
                 **constants, BT=chosen.rows, BN=chosen.keys,
                 CHAIN=chain.present, STRIDED=chain.strided, GROUPED=chain.grouped, SINGLE=single,
-                SUMMARY=run.summary > 0 and not chain.strided, GLOBAL=run.tokens > 0 and not chain.strided,
+                sumL=0 if chain.strided else run.summary, sumC=run.c, GLOBAL=run.tokens > 0 and not chain.strided,
                 ADD=turn > 0, DELTA_HERE=here and turn == 0,
                 STORE_DELTA=here and turn == 0 and (len(chains) > 1 or compact),
-                HAS_DLSE=has_dlse, FAR=chain.near > 1, REACHES=not chain.grouped and chosen.rows - 1 <= chain.R,
+                HAS_DLSE=has_dlse, FAR=chain.near > 1,
+                REACHES=not chain.grouped and chosen.rows - 1 <= chain.R and not (chain.strided and chain.tokens),
                 HEAVY_LAST=chain.part == "fixed", STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
@@ -187,9 +324,10 @@ def backward(
                 q, k, v, lse, dout, delta, dk, dv,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv),
                 S, H, run.head, run.heads, tiles, scale * _LOG2E, scale,
-                rows_chain.N, rows_chain.R, run.tokens, L, C, run.slot, run.slot_step,
+                rows_chain.N, rows_chain.R, run.tokens, run.slot, run.slot_step,
                 **constants, BM=chosen.rows, BN=chosen.keys,
-                CHAIN=rows_chain.present, GROUPED=rows_chain.grouped, IS_GLOBAL=is_global,
+                CHAIN=rows_chain.present, GROUPED=rows_chain.grouped,
+                sumL=0 if is_global else run.summary, sumC=run.c,
                 STAGES=chosen.stages, num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
 

@@ -1,49 +1,44 @@
 """Pieces that the forward and the backward kernels share: which keys a query sees in each part, and loads of rows.
 
-Names in all kernels: f counts queries and keys in the order of the chain (position, or column-major), at counts the
-keys of a part, lo and hi (inclusive) bound the keys that a query sees.
+Names in all kernels: f counts the queries and keys of a chain (of the sequence, or of one column), at counts the keys
+of a part, lo and hi (inclusive) bound the keys that a query sees.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def position(f, N, L, STRIDED: tl.constexpr):
-    """Position in the sequence of entry f of the chain."""
-    if STRIDED:
-        return f % N * L + f // N
-    return f
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def chain_bounds(f, valid, S, N, R, near, L, tokens, skip_lo, skip_hi, STRIDED: tl.constexpr, GROUPED: tl.constexpr):
-    """lo, hi of the entries f of a chain: those of the same group of N, from R back to `near` back.
-
-    In a column, global tokens and the columns [skip_lo, skip_hi) of a summary belong to other parts.
-    """
-    lo = tl.maximum(f - R, 0)
+def chain_bounds(f, valid, N, R, near, least, GROUPED: tl.constexpr):
+    """lo, hi of the entries f of a chain: those of their group of N, R to `near` back, none before `least`."""
+    lo = tl.maximum(f - R, least)
     if GROUPED:
         lo = tl.maximum(lo, f - f % N)
-    hi = f - near
-    if STRIDED:
-        r = f // N
-        lo = tl.maximum(lo, r * N + (tl.maximum(tokens - r, 0) + L - 1) // L)
-        valid = valid & ((r < skip_lo) | (r >= skip_hi))
-        lo = tl.where(valid, lo, 1 << 30)
-    return lo, tl.where(valid, hi, -1)
+    return lo, tl.where(valid, f - near, -1)
 
 
 @triton.jit
-def chain_until(f, S, N, R, L, tokens, skip_lo, skip_hi, STRIDED: tl.constexpr, GROUPED: tl.constexpr):
-    """The last entry of a chain that sees the entries f as keys, `near` aside; -1 if they belong to other parts."""
+def chain_until(f, N, R, least, GROUPED: tl.constexpr):
+    """The last entry of a chain that sees the entries f as keys, `near` aside; -1 if they lie before `least`."""
     until = f + R
     if GROUPED:
         until = tl.minimum(until, f - f % N + N - 1)
-    if STRIDED:
-        r = f // N
-        until = tl.where((f % N * L + r < tokens) | ((r >= skip_lo) & (r < skip_hi)), -1, until)
-    return until
+    return tl.where(f < least, -1, until)
+
+
+@triton.jit
+def column_of(tile, per, S, L, tokens, skip_lo, skip_hi):
+    """Of the tile-th tile, `per` a column: its column and place in it, the entries of the column, and the first that
+    is a key of the column's own: global tokens, and the columns [skip_lo, skip_hi) of a summary, belong to other parts.
+    """
+    r = tile // per
+    F = (S - r + L - 1) // L
+    least = tl.maximum(tokens - r + L - 1, 0) // L
+    least = tl.where((r >= skip_lo) & (r < skip_hi), F, tl.minimum(least, F))
+    return r, tile % per, F, least
 
 
 @triton.jit
@@ -75,6 +70,22 @@ def store_rows(base, rows, stride, valid, x, W: tl.constexpr, BW: tl.constexpr, 
     if ADD:
         x += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
     tl.store(ptr, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pair_is_masked(far: tl.constexpr, BT: tl.constexpr, NEAR: tl.constexpr, R: tl.constexpr):
+    """Whether a tile of queries fails to see some key of the tile of keys `far` tiles before it."""
+    return far * BT - (BT - 1) < NEAR or far * BT + BT - 1 > R
+
+
+@triton.jit
+def pair_seen(i, j, far: tl.constexpr, BT: tl.constexpr, NEAR: tl.constexpr, R: tl.constexpr):
+    """Whether query i sees key j, NEAR to R steps before it; both counted within tiles that are `far` tiles apart."""
+    if far * BT + BT - 1 <= R:
+        return i - j >= NEAR - far * BT
+    if far * BT - (BT - 1) >= NEAR:
+        return i - j <= R - far * BT
+    return (i - j >= NEAR - far * BT) & (i - j <= R - far * BT)
 
 
 @triton.jit
