@@ -35,19 +35,19 @@ def candidates(kernel: str) -> list[Walk | Config]:
     if kernel.startswith(("window", "column")):
         shapes = [(64, 4, (None, 168)), (64, 8, (None, 128))]
         if kernel.startswith("column"):
-            shapes = [(64, 4, (None, 168)), (32, 4, (None, 128)), (32, 2, (None,))]
+            shapes = [(64, 4, (None, 168)), (32, 4, (None, 128))]
         return [
             Walk(tile, warps, stages, programs, registers)
             for tile, warps, caps in shapes
             for stages, registers, programs in itertools.product((1, 2, 3), caps, (2, 4, 8))
         ]
     if kernel == "compact_backward":
-        tiles = ((32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (32, 128, 8), (128, 64, 8))
+        tiles = ((32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 8))
         stages = (2, 3)
     elif kernel == "chain_backward":
-        tiles, stages = ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8)), (1, 2, 3)
+        tiles, stages = ((64, 32, 4), (64, 64, 4), (64, 64, 8), (32, 32, 4)), (1, 2, 3)
     else:
-        tiles, stages = ((64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (128, 64, 4)), (2, 3)
+        tiles, stages = ((64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 128, 8), (64, 128, 4)), (2, 3)
     return [Config(*t, n, cap) for t in tiles for n in stages for cap in (None, 168 if t[2] == 4 else 128)]
 
 

@@ -12,8 +12,10 @@ from sparse_tx.attention.kernels.tiles import (
     chain_bounds,
     chain_until,
     column_of,
+    compact_keys,
     compact_position,
     keys_before,
+    load_block,
     load_rows,
     program,
     store_rows,
@@ -81,40 +83,36 @@ def _for_queries(q, g, k, v, lse, delta, seen, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def _compact_dq(
-    dq, q, g, lse, delta, K, V, sks, svs, first_lim, last_lim, lim, skip, L, C, first, scale,
+    dq, q, g, lse, delta, K, V, b, head, sks, svs, first_lim, last_lim, lim, skip, L, C, first, scale,
     DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    COPIED: tl.constexpr,
 ):  # fmt: skip
     keys = tl.arange(0, BN)
     whole = skip + tl.maximum(first_lim - skip, 0) // BN * BN
     for start in tl.range(skip, whole, BN, num_stages=STAGES):
-        at = start + keys
-        p = compact_position(at, L, C, first)
-        k = load_rows(K, p, sks, at < last_lim, DQ, BDQ)
-        v = load_rows(V, p, svs, at < last_lim, DV, BDV)
+        k, v = compact_keys(K, V, b, head, start, sks, svs, last_lim, L, C, first, DQ, DV, BDQ, BDV, BN, COPIED)
         ds = _for_queries(q, g, k, v, lse, delta, None, scale, MASKED=False)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     for start in tl.range(whole, last_lim, BN, num_stages=1):
-        at = start + keys
-        p = compact_position(at, L, C, first)
-        k = load_rows(K, p, sks, at < last_lim, DQ, BDQ)
-        v = load_rows(V, p, svs, at < last_lim, DV, BDV)
-        ds = _for_queries(q, g, k, v, lse, delta, at[None, :] < lim[:, None], scale, MASKED=True)
+        k, v = compact_keys(K, V, b, head, start, sks, svs, last_lim, L, C, first, DQ, DV, BDQ, BDV, BN, COPIED)
+        seen = (start + keys)[None, :] < lim[:, None]
+        ds = _for_queries(q, g, k, v, lse, delta, seen, scale, MASKED=True)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit
 def _chain_dq(
-    dq, q, g, lse, delta, K, V, sks, svs, start, end, F, lo, hi, scale,
+    dq, q, g, lse, delta, K, V, b, head, r, sks, svs, start, end, F, lo, hi, scale,
     DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr, FAR: tl.constexpr,
+    MASKED: tl.constexpr, FAR: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     """Keys [start, end) of the chain, all before the tile. `start` may be negative."""
     for at0 in tl.range(start, end, BN, num_stages=STAGES):
         at = at0 + tl.arange(0, BN)
         there = (at >= 0) & (at < F)
-        k = load_rows(K, at, sks, there, DQ, BDQ)
-        v = load_rows(V, at, svs, there, DV, BDV)
+        k = load_block(K, b, head, r, at0, at, sks, there, DQ, BDQ, BN, COPIED)
+        v = load_block(V, b, head, r, at0, at, svs, there, DV, BDV, BN, COPIED)
         seen = at[None, :] >= lo[:, None]
         if FAR:
             seen = seen & (at[None, :] <= hi[:, None])
@@ -124,18 +122,37 @@ def _chain_dq(
 
 
 @triton.jit
+def _queries(
+    Q, O, G, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, start, i, there, sqs, sos, sgs, step,
+    DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    DELTA_HERE: tl.constexpr, HAS_DLSE: tl.constexpr, STRIDED: tl.constexpr, COPIED: tl.constexpr,
+):  # fmt: skip
+    """q, dout, lse in base 2 and delta of the BN queries i from `start` on; zeros where there are none."""
+    q = load_block(Q, b, head, r, start, i, sqs, there, DQ, BDQ, BN, COPIED)
+    g = load_block(G, b, head, r, start, i, sgs, there, DV, BDV, BN, COPIED)
+    if COPIED and not STRIDED and not DELTA_HERE:
+        lse = LSES.load([b, head, start]).reshape(BN) * LOG2E
+        delta = DELTAS.load([b, head, start]).reshape(BN)
+    else:
+        lse, delta = _row_numbers(LSE, DELTA, DLSE, O, g, i, step, there, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
+    return q, g, lse, delta
+
+
+@triton.jit
 def _chain_keys(
-    dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, sqs, sos, sgs, step, start, end, F, f, until, near, scale,
+    dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, sqs, sos, sgs, step, start, end, F, f, until,
+    near, scale,
     DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     DELTA_HERE: tl.constexpr, HAS_DLSE: tl.constexpr, MASKED: tl.constexpr, FAR: tl.constexpr,
+    STRIDED: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of the tile's keys f from the queries [start, end), all after the tile."""
     for start_i in tl.range(start, end, BN, num_stages=STAGES):
         i = start_i + tl.arange(0, BN)
-        there = i < F  # queries that are not there load zeros, which add nothing
-        q = load_rows(Q, i, sqs, there, DQ, BDQ)
-        g = load_rows(G, i, sgs, there, DV, BDV)
-        lse, delta = _row_numbers(LSE, DELTA, DLSE, O, g, i, step, there, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
+        q, g, lse, delta = _queries(
+            Q, O, G, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, start_i, i, i < F, sqs, sos, sgs, step,
+            DQ, DV, BDQ, BDV, BN, DELTA_HERE, HAS_DLSE, STRIDED, COPIED,
+        )  # fmt: skip
         seen = i[None, :] <= until[:, None]
         if FAR:
             seen = seen & (i[None, :] - near >= f[:, None])
@@ -147,7 +164,7 @@ def _chain_keys(
 
 @triton.jit
 def chain_backward(
-    Q, K, V, O, LSE, G, DLSE, DELTA, DQ_, DK_, DV_,
+    Q, K, V, KS, VS, O, LSE, G, DLSE, DELTA, LSES, DELTAS, DQ_, DK_, DV_,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh, sgb, sgs, sgh,
     dqb, dqs, dqh, dkb, dks, dkh, dvb, dvs, dvh,
     S, H, h0, heads, tiles, per, scale, softmax_scale,
@@ -156,22 +173,28 @@ def chain_backward(
     CHAIN: tl.constexpr, STRIDED: tl.constexpr, GROUPED: tl.constexpr, SINGLE: tl.constexpr,
     sumL: tl.constexpr, sumC: tl.constexpr,
     GLOBAL: tl.constexpr, ADD: tl.constexpr, DELTA_HERE: tl.constexpr, STORE_DELTA: tl.constexpr,
-    HAS_DLSE: tl.constexpr, FAR: tl.constexpr, REACHES: tl.constexpr, HEAVY_LAST: tl.constexpr, STAGES: tl.constexpr,
+    HAS_DLSE: tl.constexpr, FAR: tl.constexpr, REACHES: tl.constexpr, HEAVY_LAST: tl.constexpr,
+    COPIED: tl.constexpr, SUM_COPIED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq over all parts but the column (or over the column alone, if STRIDED); dk, dv of the chain.
 
     ADD: the gradients hold those of another part, which are added. DELTA_HERE: take delta from O and G, not DELTA.
     FAR: near > 1, so that keys of earlier tiles can be too near. REACHES: a query sees back to the start of its tile.
+    COPIED: Q, K, V, G and the numbers LSES, DELTAS are descriptors, and BT = BN; SUM_COPIED: KS, VS are.
     """
     tile, b, h = program(tiles, heads, HEAVY_LAST)
     head = h0 + h
     batch = b.to(tl.int64)
     head64 = head.to(tl.int64)
-    Q += batch * sqb + head64 * sqh
-    K += batch * skb + head64 * skh
-    V += batch * svb + head64 * svh
+    if not COPIED:
+        Q += batch * sqb + head64 * sqh
+        K += batch * skb + head64 * skh
+        V += batch * svb + head64 * svh
+        G += batch * sgb + head64 * sgh
+    if not SUM_COPIED:
+        KS += batch * skb + head64 * skh
+        VS += batch * svb + head64 * svh
     O += batch * sob + head64 * soh
-    G += batch * sgb + head64 * sgh
     DQ_ += batch * dqb + head64 * dqh
     DK_ += batch * dkb + head64 * dkh
     DV_ += batch * dvb + head64 * dvh
@@ -182,29 +205,31 @@ def chain_backward(
     F = S
     least = 0
     step = 1
+    r = 0
     if STRIDED:
         r, tile, F, least = column_of(tile, per, S, L, tokens, skip_lo, skip_hi)
-        r = r.to(tl.int64)
-        Q += r * sqs
-        K += r * sks
-        V += r * svs
-        O += r * sos
-        G += r * sgs
-        DQ_ += r * dqs
-        DK_ += r * dks
-        DV_ += r * dvs
+        r64 = r.to(tl.int64)
+        step = r64 * 0 + L  # in 64 bits, also where Triton takes L or a stride for a constant
+        if not COPIED:
+            Q += r64 * sqs
+            K += r64 * sks
+            V += r64 * svs
+            G += r64 * sgs
+            sqs, sks, svs, sgs = step * sqs, step * sks, step * svs, step * sgs
+        O += r64 * sos
+        DQ_ += r64 * dqs
+        DK_ += r64 * dks
+        DV_ += r64 * dvs
+        sos, dqs, dks, dvs = step * sos, step * dqs, step * dks, step * dvs
         LSE += r
         DELTA += r
         DLSE += r
-        step = r * 0 + L  # in 64 bits, also where Triton takes L or a stride for a constant
-        sqs, sks, svs, sos, sgs = step * sqs, step * sks, step * svs, step * sos, step * sgs
-        dqs, dks, dvs = step * dqs, step * dks, step * dvs
 
     f0 = tile * A
     f = f0 + tl.arange(0, BT)
     valid = f < tl.minimum(f0 + A, F)
-    q = load_rows(Q, f, sqs, valid, DQ, BDQ)
-    g = load_rows(G, f, sgs, valid, DV, BDV)
+    q = load_block(Q, b, head, r, f0, f, sqs, valid, DQ, BDQ, BT, COPIED)
+    g = load_block(G, b, head, r, f0, f, sgs, valid, DV, BDV, BT, COPIED)
     lse, delta = _row_numbers(LSE, DELTA, DLSE, O, g, f, step, valid, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
     if STORE_DELTA:
         tl.store(DELTA + f * step, delta, mask=valid)
@@ -224,12 +249,12 @@ def chain_backward(
             all_see = f0 - tl.maximum(f0 - upper_last, 0) // BN * BN
             start = all_see - tl.cdiv(tl.maximum(all_see - upper_first, 0), BN) * BN
             dq = _chain_dq(
-                dq, q, g, lse, delta, K, V, sks, svs, start, all_see, F, lo, hi, scale,
-                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=True, FAR=FAR,
+                dq, q, g, lse, delta, K, V, b, head, r, sks, svs, start, all_see, F, lo, hi, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=True, FAR=FAR, COPIED=COPIED,
             )  # fmt: skip
             dq = _chain_dq(
-                dq, q, g, lse, delta, K, V, sks, svs, all_see, f0, F, lo, hi, scale,
-                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=False, FAR=FAR,
+                dq, q, g, lse, delta, K, V, b, head, r, sks, svs, all_see, f0, F, lo, hi, scale,
+                DQ, DV, BDQ, BDV, BN, STAGES, MASKED=False, FAR=FAR, COPIED=COPIED,
             )  # fmt: skip
         upper = lo
     else:
@@ -239,21 +264,23 @@ def chain_backward(
     if GLOBAL:
         count = tl.minimum(tokens, S)
         dq = _compact_dq(
-            dq, q, g, lse, delta, K, V, sks, svs, tl.minimum(upper_first, count), tl.minimum(upper_last, count),
-            tl.minimum(upper, count), 0, S, count, 0, scale, DQ, DV, BDQ, BDV, BN, STAGES,
+            dq, q, g, lse, delta, KS, VS, b, head, sks, svs, tl.minimum(upper_first, count),
+            tl.minimum(upper_last, count), tl.minimum(upper, count), 0, S, count, 0, scale,
+            DQ, DV, BDQ, BDV, BN, STAGES, COPIED=False,
         )  # fmt: skip
     if sumL > 0:
         first = sumL - ((slot + h * slot_step) % (sumL // sumC) + 1) * sumC
         dq = _compact_dq(
-            dq, q, g, lse, delta, K, V, sks, svs, keys_before(upper_first, sumL, sumC, first),
+            dq, q, g, lse, delta, KS, VS, b, head, sks, svs, keys_before(upper_first, sumL, sumC, first),
             keys_before(upper_last, sumL, sumC, first), keys_before(upper, sumL, sumC, first),
             keys_before(tokens, sumL, sumC, first), sumL, sumC, first, scale, DQ, DV, BDQ, BDV, BN, STAGES,
+            SUM_COPIED,
         )  # fmt: skip
     dk = tl.zeros([BT, BDQ], tl.float32)
     dv = tl.zeros([BT, BDV], tl.float32)
     if CHAIN:
-        k = load_rows(K, f, sks, valid, DQ, BDQ)
-        v = load_rows(V, f, svs, valid, DV, BDV)
+        k = load_block(K, b, head, r, f0, f, sks, valid, DQ, BDQ, BT, COPIED)
+        v = load_block(V, b, head, r, f0, f, svs, valid, DV, BDV, BT, COPIED)
         sees = f[:, None] <= hi[None, :]
         if not REACHES:
             sees = sees & (f[:, None] >= lo[None, :])
@@ -275,12 +302,16 @@ def chain_backward(
                 until_first = tl.where(f0 < least, -1, until_first)
             some_see = begin + tl.maximum(tl.minimum(until_first + 1, end) - begin, 0) // BN * BN
             dk, dv = _chain_keys(
-                dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, sqs, sos, sgs, step, begin, some_see, F, f, until, near, scale,
+                dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, sqs, sos, sgs, step,
+                begin, some_see, F, f, until, near, scale,
                 DQ, DV, BDQ, BDV, BN, STAGES, DELTA_HERE, HAS_DLSE, MASKED=False, FAR=FAR,
+                STRIDED=STRIDED, COPIED=COPIED,
             )  # fmt: skip
             dk, dv = _chain_keys(
-                dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, sqs, sos, sgs, step, some_see, end, F, f, until, near, scale,
+                dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, sqs, sos, sgs, step,
+                some_see, end, F, f, until, near, scale,
                 DQ, DV, BDQ, BDV, BN, STAGES, DELTA_HERE, HAS_DLSE, MASKED=True, FAR=FAR,
+                STRIDED=STRIDED, COPIED=COPIED,
             )  # fmt: skip
     else:
         store_rows(DQ_, f, dqs, valid, dq * softmax_scale, DQ, BDQ, ADD)
@@ -290,25 +321,27 @@ def chain_backward(
 
 @triton.jit
 def compact_backward(
-    Q, K, V, LSE, G, DELTA, DK_, DV_,
+    Q, K, V, LSE, G, DELTA, LSES, DELTAS, DK_, DV_,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sgb, sgs, sgh, dkb, dks, dkh, dvb, dvs, dvh,
     S, H, h0, heads, tiles, scale, softmax_scale,
     N, R, tokens, slot, slot_step,
     DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHAIN: tl.constexpr, GROUPED: tl.constexpr, sumL: tl.constexpr, sumC: tl.constexpr, STAGES: tl.constexpr,
+    CHAIN: tl.constexpr, GROUPED: tl.constexpr, sumL: tl.constexpr, sumC: tl.constexpr,
+    COPIED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of BN keys of a compact part, added to what is there: of the summary, or of the global tokens if sumL = 0.
 
-    CHAIN: the keys from the chain's lo on are local.
+    CHAIN: the keys from the chain's lo on are local. COPIED: Q, G, LSES, DELTAS are descriptors.
     """
     tile, b, h = program(tiles, heads, False)
     head = h0 + h
     batch = b.to(tl.int64)
     head64 = head.to(tl.int64)
-    Q += batch * sqb + head64 * sqh
     K += batch * skb + head64 * skh
     V += batch * svb + head64 * svh
-    G += batch * sgb + head64 * sgh
+    if not COPIED:
+        Q += batch * sqb + head64 * sqh
+        G += batch * sgb + head64 * sgh
     DK_ += batch * dkb + head64 * dkh
     DV_ += batch * dvb + head64 * dvh
     numbers = (batch * H + head) * S
@@ -352,10 +385,10 @@ def compact_backward(
     for start in tl.range(begin, whole, BM, num_stages=1):
         i = start + tl.arange(0, BM)
         seen = i < S
-        q = load_rows(Q, i, sqs, seen, DQ, BDQ)
-        g = load_rows(G, i, sgs, seen, DV, BDV)
-        lse = tl.load(LSE + i, mask=seen, other=0.0) * LOG2E
-        delta = tl.load(DELTA + i, mask=seen, other=0.0)
+        q, g, lse, delta = _queries(
+            Q, Q, G, LSE, DELTA, DELTA, LSES, DELTAS, b, head, 0, start, i, seen, sqs, 0, sgs, 1,
+            DQ, DV, BDQ, BDV, BM, False, False, False, COPIED,
+        )  # fmt: skip
         if CHAIN:
             upper = tl.maximum(i - R, 0)
             if GROUPED:
@@ -369,10 +402,10 @@ def compact_backward(
     for start in tl.range(whole, S, BM, num_stages=STAGES):
         i = start + tl.arange(0, BM)
         seen = i < S
-        q = load_rows(Q, i, sqs, seen, DQ, BDQ)
-        g = load_rows(G, i, sgs, seen, DV, BDV)
-        lse = tl.load(LSE + i, mask=seen, other=0.0) * LOG2E
-        delta = tl.load(DELTA + i, mask=seen, other=0.0)
+        q, g, lse, delta = _queries(
+            Q, Q, G, LSE, DELTA, DELTA, LSES, DELTAS, b, head, 0, start, i, seen, sqs, 0, sgs, 1,
+            DQ, DV, BDQ, BDV, BM, False, False, False, COPIED,
+        )  # fmt: skip
         pt, ds = _for_keys(k, v, q, g, lse, delta, None, scale, MASKED=False)
         dv = tl.dot(pt, g, dv, input_precision="ieee")
         dk = tl.dot(ds, q, dk, input_precision="ieee")

@@ -106,7 +106,7 @@ def _walk(kernel: str, chain: Chain, *tensors: Tensor) -> Walk | None:
     plain = chain.tokens == 0 and chain.skip == (0, 0)
     if chain.part not in ("window", "column") or not plain or q.element_size() != 2:
         return None
-    chosen = walk(kernel, _part(chain), q.shape[-1], v.shape[-1]) if _has_copy_engine(q) else None
+    chosen = walk(kernel, _part(chain), q.shape[-1], v.shape[-1])
     if chosen is None:
         return None
     if chain.strided:
@@ -115,27 +115,55 @@ def _walk(kernel: str, chain: Chain, *tensors: Tensor) -> Walk | None:
         fits = -(-chain.R // chosen.tile) <= MOST_BACK
     if not fits:
         return None
-    # What the copy engine takes: rows of whole 16 bytes, and of the numbers (B, H, S) and the columns no part.
-    if q.shape[1] % (chain.L if chain.strided else 4):
-        return None
-    return chosen if all(_copyable(t) for t in tensors) else None
+    return chosen if _copies(chain, *tensors) else None
+
+
+def _copies(chain: Chain, *tensors: Tensor) -> bool:
+    """Whether the copy engine can bring these tensors of a pass: whole columns, and whole 16 bytes of (B, H, S)."""
+    q = tensors[0]
+    whole = q.shape[1] % (chain.L if chain.strided else 4) == 0
+    return whole and q.element_size() == 2 and _has_copy_engine(q) and all(_copyable(t) for t in tensors)
 
 
 def _copyable(t: Tensor) -> bool:
+    """Whether the copy engine takes it: rows of whole 16 bytes."""
     return t.data_ptr() % 16 == 0 and all(n * t.element_size() % 16 == 0 for n in _strides(t))
 
 
-def _descriptor(t: Tensor, chain: Chain, tile: int) -> TensorDescriptor:
-    """Of t (B, S, H, D), as the walks read it, or of numbers (B, H, S)."""
+def _descriptor(t: Tensor, chain: Chain, rows: int) -> TensorDescriptor:
+    """Of t (B, S, H, D) as (B, H, S, D), or of its columns as (B, H, L, S / L, D), in blocks of `rows`; or of numbers
+    (B, H, S).
+    """
     if t.dim() == 3:
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, tile])
+        return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows])
     B, S, H, D = t.shape
     b, s, h = _strides(t)
     width = power_of_two(D)
     if chain.strided:
         L = chain.L
-        return TensorDescriptor(t, [B, H, L, S // L, D], [b, h, s, s * L, 1], [1, 1, 1, tile, width])
-    return TensorDescriptor(t, [B, H, S, D], [b, h, s, 1], [1, 1, tile, width])
+        return TensorDescriptor(t, [B, H, L, S // L, D], [b, h, s, s * L, 1], [1, 1, 1, rows, width])
+    return TensorDescriptor(t, [B, H, S, D], [b, h, s, 1], [1, 1, rows, width])
+
+
+def _rows_descriptor(t: Tensor, chain: Chain, rows: int) -> TensorDescriptor:
+    """Of t (B, S, H, D) as (B, H, L, S / L, D), where L = 1 for the whole sequence, in blocks of `rows`."""
+    return _descriptor(t, chain._replace(strided=True), rows)
+
+
+def _summary_descriptor(t: Tensor, run: Run, keys: int) -> TensorDescriptor:
+    """Of t (B, S, H, D) as (B, H, S / l, l, D), in blocks of `keys` columns of a summary."""
+    B, S, H, D = t.shape
+    b, s, h = _strides(t)
+    shape, strides = [B, H, S // run.summary, run.summary, D], [b, h, s * run.summary, s, 1]
+    return TensorDescriptor(t, shape, strides, [1, 1, keys // run.c, run.c, power_of_two(D)])
+
+
+def _copies_summary(run: Run, chain: Chain, keys: int, *tensors: Tensor) -> bool:
+    """Whether a step of `keys` summary columns is a block: whole, power-of-two rows of it, from the first on."""
+    if chain.strided or not run.summary or run.tokens:
+        return False
+    fits = keys % run.c == 0 and run.c & (run.c - 1) == 0 and tensors[0].shape[1] % run.summary == 0
+    return fits and _copies(chain, *tensors)
 
 
 def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
@@ -191,15 +219,24 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, numbers: 
                 _walk_forward(chain, run, walked, turn > 0, q, k, v, out, lse, scale)
                 continue
             chosen, tiles, per, advance, single = _tiling("forward", chain, q, v)
+            copied, sum_copied = _copies(chain, q, k, v), _copies_summary(run, chain, chosen.keys, k, v)
+            keys = chosen.rows if single else chosen.keys
+            main = (
+                [_rows_descriptor(t, chain, n) for t, n in ((q, chosen.rows), (k, keys), (v, keys))]
+                if copied
+                else [q, k, v]
+            )
+            rest = [_summary_descriptor(t, run, chosen.keys) for t in (k, v)] if sum_copied else [k, v]
             attention_forward[(tiles * B * run.heads,)](
-                q, k, v, out, lse,
+                *main, *rest, out, lse,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(out),
                 S, H, run.head, run.heads, tiles, per, scale * _LOG2E,
                 advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip, run.slot, run.slot_step,
                 DQ=Dqk, DV=Dv, BDQ=power_of_two(Dqk), BDV=power_of_two(Dv), BM=chosen.rows, BN=chosen.keys,
                 CHAIN=chain.present, STRIDED=chain.strided, GROUPED=chain.grouped, SINGLE=single,
                 sumL=0 if chain.strided else run.summary, sumC=run.c, GLOBAL=run.tokens > 0 and not chain.strided,
-                MERGE=turn > 0, HEAVY_LAST=chain.part in ("fixed", "full"), STAGES=chosen.stages,
+                MERGE=turn > 0, HEAVY_LAST=chain.part in ("fixed", "full"),
+                COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
 
@@ -297,8 +334,16 @@ def backward(
                     (q, k, v, out, lse, dout, dlse if dlse is not None else lse, delta, dq, dk, dv), scale,
                 )  # fmt: skip
                 continue
+            copied = chosen.rows == chosen.keys and _copies(chain, q, k, v, dout)
+            sum_copied = _copies_summary(run, chain, chosen.keys, k, v)
+            by_rows = [_rows_descriptor(t, chain, chosen.rows) if copied else t for t in (q, k, v, dout)]
+            by_summary = [_summary_descriptor(t, run, chosen.keys) if sum_copied else t for t in (k, v)]
+            numbers_of = [
+                _descriptor(t, chain, chosen.rows) if copied and not chain.strided else t for t in (lse, delta)
+            ]
             chain_backward[(tiles * B * run.heads,)](
-                q, k, v, out, lse, dout, dlse if dlse is not None else lse, delta, dq, dk, dv,
+                *by_rows[:3], *by_summary, out, lse, by_rows[3], dlse if dlse is not None else lse, delta,
+                *numbers_of, dq, dk, dv,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout),
                 *_strides(dq), *_strides(dk), *_strides(dv),
                 S, H, run.head, run.heads, tiles, per, scale * _LOG2E, scale,
@@ -310,7 +355,7 @@ def backward(
                 STORE_DELTA=here and turn == 0 and (len(chains) > 1 or compact),
                 HAS_DLSE=has_dlse, FAR=chain.near > 1,
                 REACHES=not chain.grouped and chosen.rows - 1 <= chain.R and not (chain.strided and chain.tokens),
-                HEAVY_LAST=chain.part == "fixed", STAGES=chosen.stages,
+                HEAVY_LAST=chain.part == "fixed", COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
         rows_chain = chains[-1]
@@ -320,14 +365,17 @@ def backward(
             chosen = config("keys", "fixed", *widths)
             most = C if is_global else -(-S // L) * C
             tiles = triton.cdiv(most, chosen.keys)
+            copied = _copies(rows_chain, q, dout)
+            by_rows = [_rows_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (q, dout)]
+            numbers_of = [_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (lse, delta)]
             compact_backward[(tiles * B * run.heads,)](
-                q, k, v, lse, dout, delta, dk, dv,
+                by_rows[0], k, v, lse, by_rows[1], delta, *numbers_of, dk, dv,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv),
                 S, H, run.head, run.heads, tiles, scale * _LOG2E, scale,
                 rows_chain.N, rows_chain.R, run.tokens, run.slot, run.slot_step,
                 **constants, BM=chosen.rows, BN=chosen.keys,
                 CHAIN=rows_chain.present, GROUPED=rows_chain.grouped,
-                sumL=0 if is_global else run.summary, sumC=run.c,
+                sumL=0 if is_global else run.summary, sumC=run.c, COPIED=copied,
                 STAGES=chosen.stages, num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
 

@@ -63,6 +63,39 @@ def load_rows(base, rows, stride, valid, W: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
+def load_block(
+    X, b, head, r, start, rows, stride, valid,
+    W: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, COPIED: tl.constexpr,
+):  # fmt: skip
+    """BN rows from `start` on: by descriptor (B, H, L, N, D) of column r if COPIED, else by pointer to the sequence."""
+    if COPIED:
+        x = X.load([b, head, r, start, 0]).reshape(BN, BW)
+    else:
+        x = load_rows(X, rows, stride, valid, W, BW)
+    return x
+
+
+@triton.jit
+def compact_keys(
+    K, V, b, head, start, sks, svs, count, L, C, first,
+    DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, COPIED: tl.constexpr,
+):  # fmt: skip
+    """k and v of the keys start .. start + BN - 1 of a compact part; zeros (or any keys, if COPIED) from `count` on.
+
+    COPIED: by descriptors (B, H, S / L, L, D) in blocks of (1, 1, BN / C, C, D); start is a multiple of C.
+    """
+    if COPIED:
+        k = K.load([b, head, start // C, first, 0]).reshape(BN, BDQ)
+        v = V.load([b, head, start // C, first, 0]).reshape(BN, BDV)
+    else:
+        at = start + tl.arange(0, BN)
+        p = compact_position(at, L, C, first)
+        k = load_rows(K, p, sks, at < count, DQ, BDQ)
+        v = load_rows(V, p, svs, at < count, DV, BDV)
+    return k, v
+
+
+@triton.jit
 def store_rows(base, rows, stride, valid, x, W: tl.constexpr, BW: tl.constexpr, ADD: tl.constexpr):
     d = tl.arange(0, BW)
     ptr = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
