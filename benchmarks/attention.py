@@ -5,7 +5,9 @@
     python benchmarks/attention.py --sweep                      # cost against n at 2^20 positions
 
 Every arm runs under CUDA graphs over several sets of inputs (together larger than the L2 cache); medians of replays.
-Before anything is timed the kernels are compared, gradients too, with the float64 oracle on a shorter sequence.
+Before an arm is timed it is compared, gradients too, with the float64 oracle: at most twice the error of dense torch in
+the same dtype. "flex" is FlexAttention with the mask as a user writes it; "flex tuned" gives it small blocks of keys
+and max-autotune; "expert" composes library kernels, merged by log-sum-exp, with gradients from the merged one.
 Floor: the larger of bytes (each tensor once) and products over the two rates measured on an H200; both passes.
 """
 
@@ -16,7 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from sparse_tx.attention import Block, Column, Summary, Window
+from sparse_tx.attention import Block, Column, Full, Summary, Window
 from sparse_tx.attention.kernels import triton_attention
 from sparse_tx.attention.oracle import oracle_attention
 from sparse_tx.attention.patterns import Pattern
@@ -140,11 +142,10 @@ def dense(backend: SDPBackend) -> Callable[[Workload], Attention]:
     return make
 
 
-def flex(work: Workload) -> Attention:
-    """FlexAttention with the mask as a user writes it: the pattern's own definition, by head where heads differ."""
-    same = len(set(work.patterns)) == 1
+def _mask(work: Workload):
+    """The pattern's own definition, by head where heads differ, as FlexAttention takes it; the heads it tells apart."""
     first = work.patterns[0]
-    if same:
+    if len(set(work.patterns)) == 1:
         parts = first.parts
 
         def mask(b, h, i, j):
@@ -152,16 +153,26 @@ def flex(work: Workload) -> Attention:
             for part in parts[1:]:
                 seen = seen | part.allows(i, j)
             return seen
-    else:  # Block(l) | Summary(l, c, h % slots)
-        summary = next(p for p in first.parts if isinstance(p, Summary))
-        l, c = summary.stride, summary.c
 
-        def mask(b, h, i, j):
-            low = l - (h % (l // c) + 1) * c
-            return (j <= i) & ((i // l == j // l) | ((j % l >= low) & (j % l < low + c)))
+        return mask, None
+    l, c = _summary_of(work)  # Block(l) | Summary(l, c, h % slots)
 
-    blocks = create_block_mask(mask, None, None if same else work.H, work.S, work.S, device="cuda", _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    def mask_by_head(b, h, i, j):
+        low = l - (h % (l // c) + 1) * c
+        return (j <= i) & ((i // l == j // l) | ((j % l >= low) & (j % l < low + c)))
+
+    return mask_by_head, work.H
+
+
+def _summary_of(work: Workload) -> tuple[int, int]:
+    summary = next(p for p in work.patterns[0].parts if isinstance(p, Summary))
+    return summary.stride, summary.c
+
+
+def flex(work: Workload, block: int | tuple[int, int] = 128, mode: str | None = None) -> Attention:
+    mask, heads = _mask(work)
+    blocks = create_block_mask(mask, None, heads, work.S, work.S, device="cuda", BLOCK_SIZE=block, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
 
     def attend(q, k, v):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -170,12 +181,128 @@ def flex(work: Workload) -> Attention:
     return attend
 
 
+def flex_tuned(work: Workload) -> Attention:
+    """Key blocks of 64 (of 32 it does not compile for the fixed pattern), every template tried."""
+    return flex(work, (128, 64), "max-autotune-no-cudagraphs")
+
+
+def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """outs (B, S, H, D), lses (B, S, H): one softmax over all parts. A part without keys has lse -inf."""
+    lse = torch.logsumexp(torch.stack(lses), 0)
+    out = sum(o * (n - lse).exp()[..., None] for o, n in zip(outs, lses, strict=True))
+    return out.to(outs[0].dtype), lse
+
+
+class _FlashParts(torch.autograd.Function):
+    """FlashAttention-2 (inside torch) on each part of a strided pattern, merged; backward from the merged result.
+
+    Autograd through its own operator would lose the gradient of the log-sum-exp, and be wrong in silence.
+    """
+
+    @staticmethod
+    def parts(work: Workload, tensors):
+        """Views of (q, k, v, ...) and the window of each part: the local keys, then the column before them."""
+        l = work.patterns[0].parts[0].stride
+        merged = len(work.patterns[0].parts) > 1
+        views = []
+        if any(isinstance(p, Window) for p in work.patterns[0].parts):
+            views.append((tensors, l - 1 if merged else l, 0))
+        if any(isinstance(p, Column) for p in work.patterns[0].parts):
+            columns = [t.unflatten(1, (-1, l)).flatten(2, 3) for t in tensors]  # (B, S / l, l H, D)
+            n = columns[0].shape[1]
+            cut = [c[:, 1:] if i not in (1, 2) else c[:, : n - 1] for i, c in enumerate(columns)] if merged else columns
+            views.append((cut, None, l))
+        return views
+
+    @staticmethod
+    def forward(ctx, q, k, v, work):
+        B, S, H, _ = q.shape
+        outs, lses = [], []
+        for (pq, pk, pv), window, l in _FlashParts.parts(work, (q, k, v)):
+            o, n, *_ = torch.ops.aten._flash_attention_forward(
+                pq, pk, pv, None, None, pq.shape[1], pk.shape[1], 0.0, True, False, scale=work.Dqk**-0.5,
+                window_size_left=window, window_size_right=None if window is None else 0,
+            )  # fmt: skip
+            n = n.transpose(1, 2)  # (B, S, H)
+            if l:  # back from columns; the first row of blocks has no key before it
+                o, n = o.unflatten(2, (l, H)).flatten(1, 2), n.unflatten(2, (l, H)).flatten(1, 2)
+                if o.shape[1] < S:
+                    o = torch.cat([o.new_zeros(B, l, H, o.shape[-1]), o], 1)
+                    n = torch.cat([n.new_full((B, l, H), -torch.inf), n], 1)
+            outs.append(o)
+            lses.append(n)
+        out, lse = _merge_compiled(outs, lses) if len(outs) > 1 else (outs[0], lses[0])
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.work = work
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, out, lse = ctx.saved_tensors
+        work = ctx.work
+        B, S, H, _ = q.shape
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+        total: list[Tensor] = []
+        for (pq, pk, pv, po, pn, pg), window, l in _FlashParts.parts(work, (q, k, v, out, lse[..., None], g)):
+            grads = torch.ops.aten._flash_attention_backward(
+                pg.contiguous(), pq, pk, pv, po.contiguous(), pn[..., 0].transpose(1, 2).contiguous(), None, None,
+                pq.shape[1], pk.shape[1], 0.0, True, seed, unused, scale=work.Dqk**-0.5,
+                window_size_left=window, window_size_right=None if window is None else 0,
+            )  # fmt: skip
+            if l:
+                grads = [t.unflatten(2, (l, H)).flatten(1, 2) for t in grads]
+            if not total:
+                total = [t if t.shape[1] == S else torch.cat([t, t.new_zeros(B, l, H, t.shape[-1])], 1) for t in grads]
+            else:
+                total[0][:, l:] += grads[0]
+                for i in (1, 2):
+                    total[i][:, : grads[i].shape[1]] += grads[i]
+        return *total, None
+
+
+_merge_compiled = torch.compile(_merge, dynamic=False)
+
+
+def expert(work: Workload) -> Attention:
+    if all(isinstance(p, Window | Column) for p in work.patterns[0].parts):
+        width = max(work.Dqk, work.Dv)
+
+        def attend(q, k, v):
+            q, k = (torch.nn.functional.pad(t, (0, width - work.Dqk)) for t in (q, k))  # the kernel has one width
+            return _FlashParts.apply(q, k, v, work)
+
+        return attend
+    l, c = _summary_of(work)
+    blocks = work.S // l
+    local = create_block_mask(lambda b, h, i, j: (j <= i) & (i // l == j // l), None, None, work.S, work.S, "cuda")
+    before = create_block_mask(lambda b, h, i, j: j // c < i // l, None, None, work.S, blocks * c, "cuda")
+    index = torch.tensor([l - (h % (l // c) + 1) * c for h in range(work.H)], device="cuda")
+    index = index[:, None] + torch.arange(c, device="cuda")  # (H, c): each head's columns of a block
+
+    def gather(t):  # (B, S, H, D) -> (B, H, S / l * c, D)
+        t = t.unflatten(1, (blocks, l)).permute(0, 3, 1, 2, 4)
+        at = index[None, :, None, :, None].expand(t.shape[0], -1, blocks, -1, t.shape[-1])
+        return t.gather(3, at).flatten(2, 3)
+
+    def both(q, k, v):
+        qt, kt, vt = (t.transpose(1, 2) for t in (q, k, v))
+        outs, lses = zip(
+            flex_attention(qt, kt, vt, block_mask=local, return_lse=True),
+            flex_attention(qt, gather(k), gather(v), block_mask=before, return_lse=True),
+            strict=True,
+        )
+        return _merge([o.transpose(1, 2) for o in outs], [n.transpose(1, 2) for n in lses])[0]
+
+    return torch.compile(both, dynamic=False)
+
+
 def column_view(work: Workload) -> Attention:
     """What an expert does for a column: cuDNN's dense attention on the (S / l, l) view."""
-    columns = [p for p in work.patterns[0].parts if isinstance(p, Column)]
-    if not columns or work.S % columns[0].stride:
-        raise NotImplementedError("no column")
-    l = columns[0].stride
+    column = work.patterns[0]
+    if not isinstance(column, Column) or work.S % column.stride:
+        raise NotImplementedError("for a column alone")
+    l = column.stride
 
     def attend(q, k, v):
         # (B, S, H, D) -> (B, l * H, S / l, D)
@@ -195,27 +322,39 @@ RIVALS: dict[str, Callable[[Workload], Attention]] = {
     "flash": dense(SDPBackend.FLASH_ATTENTION),
     "column view": column_view,
     "flex": flex,
+    "flex tuned": flex_tuned,
+    "expert": expert,
 }
+DENSE = ("dense", "flash")  # attend to everything: the line to beat, not the same function
 
 
-def verify(work: Workload, most: int, heads: int = 4) -> str:
-    """Errors of out, dq, dk, dv over those of dense torch in the same dtype, against float64. At most 2 each."""
-    patterns = work.patterns[:heads]
-    small = Workload(1, min(work.S, most), len(patterns), work.Dqk, work.Dv, patterns)
-    *qkv, g = small.inputs()
+class Check:
+    """The oracle's results for some heads of one batch entry, on at most `most` positions."""
 
-    def run(attend, dtype):
-        inputs = [t.detach().to(dtype).requires_grad_() for t in qkv]
-        out, _ = attend(*inputs, patterns, work.Dqk**-0.5)
-        return out, *torch.autograd.grad(out, inputs, g.detach().to(dtype))
+    def __init__(self, work: Workload, most: int, heads: int = 4) -> None:
+        self.work = work if most >= work.S else replace(work, S=most)
+        self.heads = min(heads, work.H)
+        *self.qkv, self.g = self.work.inputs()
+        self.exact, self.plain = self._oracle(torch.float64), self._oracle(torch.bfloat16)
 
-    exact = run(oracle_attention, torch.float64)
-    plain, ours = run(oracle_attention, torch.bfloat16), run(triton_attention, torch.bfloat16)
-    again = run(triton_attention, torch.bfloat16)
-    if not all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)):
-        return "NOT REPEATABLE"
-    ratios = [float((a - e).abs().max() / (p - e).abs().max()) for a, p, e in zip(ours, plain, exact, strict=True)]
-    return ("ok " if max(ratios) <= 2 else "WRONG ") + " ".join(f"{r:.2f}" for r in ratios)
+    def _few(self, t: Tensor) -> Tensor:
+        return t.detach()[:1, :, : self.heads]
+
+    def _oracle(self, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [self._few(t).to(dtype).requires_grad_() for t in self.qkv]
+        out, _ = oracle_attention(*inputs, self.work.patterns[: self.heads], self.work.Dqk**-0.5)
+        return [out.detach(), *torch.autograd.grad(out, inputs, self._few(self.g).to(dtype))]
+
+    def results(self, attend: Attention) -> list[Tensor]:
+        out = attend(*self.qkv)
+        return [out.detach(), *torch.autograd.grad(out, self.qkv, self.g)]
+
+    def __call__(self, attend: Attention) -> str:
+        """Errors of out, dq, dk, dv over those of dense torch in bfloat16: at most 2 each."""
+        got = [self._few(t) for t in self.results(attend)]
+        errors = zip(got, self.plain, self.exact, strict=True)
+        ratios = [float((a - e).abs().max() / (p - e).abs().max()) for a, p, e in errors]
+        return ("ok " if max(ratios) <= 2 else "WRONG ") + " ".join(f"{r:.2f}" for r in ratios)
 
 
 def compare(names: list[str], rivals: list[str], most: int) -> list[dict]:
@@ -224,18 +363,34 @@ def compare(names: list[str], rivals: list[str], most: int) -> list[dict]:
     print("| --- | --- | --- | --- | --- | --- |")
     for name in names:
         work = WORKLOADS[name]
-        row = {"workload": name, "check": verify(work, most), "floor": sum(work.floor()), "goal": work.goal}
+        check = Check(work, most)
+        check_dense = Check(replace(work, patterns=(Full(),) * work.H), most)
+        ours = fused(check.work)
+        pairs = zip(check.results(ours), check.results(ours), strict=True)
+        repeats = all(torch.equal(a, b) for a, b in pairs)
+        row = {"workload": name, "check": check(ours), "repeats": repeats, "floor": sum(work.floor())}
+        row["goal"] = work.goal
         row["fwd"], row["both"] = timed(work, fused(work))
         row["rivals"] = {}
         for rival in rivals:
+            torch._dynamo.reset()  # or it gives up compiling after a few workloads
             try:
-                row["rivals"][rival] = timed(work, RIVALS[rival](work))[1]
-            except (NotImplementedError, RuntimeError) as error:
-                print(f"{name}, {rival}: {str(error).splitlines()[0]}", file=sys.stderr)
-        beside = ", ".join(f"{r} {t:.3f} ({t / row['both']:.1f}x)" for r, t in row["rivals"].items())
+                attend = RIVALS[rival](check.work)
+                found = (check_dense if rival in DENSE else check)(attend)
+                if found.startswith("WRONG"):
+                    row["rivals"][rival] = found
+                    continue
+                row["rivals"][rival] = timed(work, attend if check.work is work else RIVALS[rival](work))[1]
+            except Exception as error:  # a rival that cannot run this is no reason to lose the others
+                print(f"{name}, {rival}: {(str(error).splitlines() or [repr(error)])[0][:200]}", file=sys.stderr)
+            torch.cuda.empty_cache()
+        beside = ", ".join(
+            f"{r} {t}" if isinstance(t, str) else f"{r} {t:.3f} ({t / row['both']:.1f}x)"
+            for r, t in row["rivals"].items()
+        )
         goal = "" if work.goal is None else f"{work.goal:.2f}"
         print(
-            f"| {name} | {row['check']} | {row['floor']:.3f} | {goal} "
+            f"| {name} | {row['check']}{'' if repeats else ' NOT REPEATABLE'} | {row['floor']:.3f} | {goal} "
             f"| {row['fwd']:.3f}, {row['both']:.3f} ({row['floor'] / row['both']:.0%}) | {beside} |",
             flush=True,
         )

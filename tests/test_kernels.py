@@ -121,6 +121,56 @@ def test_low_precision_is_no_worse_than_twice_dense_torch(dtype):
             assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 2e-5 * c.abs().max(), (pattern, dtype)
 
 
+@pytest.fixture
+def walks(monkeypatch):
+    """Tables by which windows and short columns of width 16 are walked, in tiles of 16."""
+    from sparse_tx.attention.kernels import configs, launch
+
+    parts = ("window", "column 32", "column 64", "column 128")
+    table = {(k, p, 16, 16): configs.Walk(16, 4, 2, 2) for k in ("forward", "backward") for p in parts}
+    monkeypatch.setattr(configs, "WALKS", table)
+    ran = []
+    for name in ("window_forward", "window_backward", "column_forward", "column_backward"):
+        kernel = getattr(launch, name)
+        recorded = type("Recorded", (), {"__getitem__": lambda _, grid, k=kernel, n=name: ran.append(n) or k[grid]})
+        monkeypatch.setattr(launch, name, recorded())
+    return ran
+
+
+@pytest.mark.skipif(not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+                    reason="needs the copy engine")  # fmt: skip
+@pytest.mark.parametrize(
+    ("S", "l", "kernels"),
+    [
+        (96, 8, {"window_forward", "window_backward", "column_forward", "column_backward"}),
+        (132, 33, {"window_forward", "window_backward", "column_forward", "column_backward"}),
+        (64, 1, {"window_forward", "window_backward"}),
+        (300, 64, {"window_forward", "window_backward"}),  # 64 does not divide 300
+        (97, 8, set()),  # rows of 97 numbers are no whole 16 bytes
+    ],
+)
+def test_walks_are_no_worse_than_twice_dense_torch(walks, S, l, kernels):
+    patterns = (Window(l), Window(l) | Column(l), Column(l, reach=2), Window(2 * l) | Column(l))
+    low = inputs(S, 4, dtype=LOW, B=2)
+    got, dense = results(triton_attention, low, patterns), results(oracle_attention, low, patterns)
+    exact = results(oracle_attention, [t.double() for t in low], patterns)
+    assert set(walks) == kernels
+    for a, b, c in zip(got, dense, exact, strict=True):
+        error, allowed = ((x - c).masked_fill(c == -torch.inf, 0).abs().max() for x in (a, b))
+        assert error <= 2 * allowed + 2e-5 * c[c.isfinite()].abs().max()
+
+
+@pytest.mark.parametrize("pattern", [Block(32) | Summary(32, 8, 1), Summary(16, 4), Full(), Column(2), Block(48)])
+def test_copied_blocks_are_no_worse_than_twice_dense_torch(pattern):
+    """Lengths and strides at which the copy engine brings the blocks (it takes 16 bits alone)."""
+    low = inputs(192, 2, dtype=LOW, B=2)
+    got, dense = results(triton_attention, low, (pattern,) * 2), results(oracle_attention, low, (pattern,) * 2)
+    exact = results(oracle_attention, [t.double() for t in low], (pattern,) * 2)
+    for a, b, c in zip(got, dense, exact, strict=True):
+        error, allowed = ((x - c).masked_fill(c == -torch.inf, 0).abs().max() for x in (a, b))
+        assert error <= 2 * allowed + 2e-5 * c[c.isfinite()].abs().max()
+
+
 def test_huge_logits_and_any_sign_of_scale():
     q, k, v = inputs(70)
     compare([q, k, v], (Window(8) | Column(8),), scale=-0.5)

@@ -25,33 +25,41 @@ class Walk(NamedTuple):
 
 # (kernel, part, Dqk, Dv, bytes of an element) -> Config. Kernels: "forward", "backward" (chain_backward), "keys"
 # (compact_backward). Parts: "window", "full", "fixed" (with summary or global keys), "column" and "block", followed by
-# the least of 32, 64 and 128 that holds a whole column or block if one does. Medians on one H200, cold L2.
+# the least of 32, 64 and 128 that holds a whole column or block if one does. Medians of benchmarks/tune_attention.py on
+# one H100, cold L2.
 TUNED: dict[tuple[str, str, int, int, int], Config] = {
-    ("forward", "window", 64, 128, 2): Config(64, 32, 4, 3, 128),
-    ("forward", "window", 64, 64, 2): Config(64, 64, 4, 2, 128),
-    ("forward", "window", 32, 32, 2): Config(64, 64, 4, 3),
-    ("forward", "column 32", 64, 128, 2): Config(64, 32, 4, 1, 128),
-    ("forward", "column 32", 64, 64, 2): Config(64, 32, 4, 1, 128),
-    ("forward", "column 128", 32, 32, 2): Config(64, 32, 4, 3),
+    ("forward", "window", 64, 128, 2): Config(64, 64, 4, 2),
+    ("forward", "window", 64, 64, 2): Config(64, 32, 4, 3),
+    ("forward", "window", 32, 32, 2): Config(64, 64, 4, 2),
+    ("forward", "column 32", 64, 128, 2): Config(32, 32, 4, 2),
+    ("forward", "column 32", 64, 64, 2): Config(32, 32, 4, 2),
+    ("forward", "column 128", 32, 32, 2): Config(64, 32, 4, 2),
     ("forward", "column 128", 64, 64, 2): Config(64, 32, 4, 3),
-    ("forward", "column", 64, 64, 2): Config(64, 32, 4, 3, 96),
+    ("forward", "column", 64, 64, 2): Config(64, 32, 4, 3),
     ("forward", "fixed", 64, 64, 2): Config(128, 64, 8, 3),
-    ("backward", "window", 64, 128, 2): Config(64, 32, 4, 1),
-    ("backward", "window", 64, 64, 2): Config(64, 64, 4, 1, 168),
-    ("backward", "window", 32, 32, 2): Config(64, 64, 4, 1, 168),
-    ("backward", "column 32", 64, 128, 2): Config(32, 32, 4, 1, 96),
-    ("backward", "column 32", 64, 64, 2): Config(32, 32, 4, 1, 96),
+    ("backward", "window", 64, 128, 2): Config(64, 64, 4, 2),
+    ("backward", "window", 64, 64, 2): Config(64, 32, 4, 3, 168),
+    ("backward", "window", 32, 32, 2): Config(64, 32, 4, 3),
+    ("backward", "column 32", 64, 128, 2): Config(32, 64, 4, 1),
+    ("backward", "column 32", 64, 64, 2): Config(32, 64, 4, 1),
     ("backward", "column 128", 32, 32, 2): Config(64, 32, 4, 1),
     ("backward", "column 128", 64, 64, 2): Config(64, 32, 4, 1, 168),
     ("backward", "column", 64, 64, 2): Config(64, 32, 4, 1, 168),
-    ("backward", "fixed", 64, 64, 2): Config(64, 32, 4, 3, 168),
-    ("keys", "fixed", 64, 64, 2): Config(32, 64, 4, 3),
+    ("backward", "fixed", 64, 64, 2): Config(64, 64, 4, 3),
+    ("keys", "fixed", 64, 64, 2): Config(64, 64, 4, 3, 168),
 }
 
-
-# (kernel, part, Dqk, Dv) -> Walk, of 16 bits.
-WALKS: dict[tuple[str, str, int, int], Walk] = {}
-MOST_BACK = 4  # tiles that a window reaches back, at most
+# (kernel, part, Dqk, Dv) -> Walk, of 16 bits. A walk whose accumulators do not fit the registers (the backward pass of
+# a window of wider heads) lost to tiles of their own: 183 against 98 us on CIFAR-10's.
+WALKS: dict[tuple[str, str, int, int], Walk] = {
+    ("forward", "window", 32, 32): Walk(64, 4, 2, 8),
+    ("forward", "column 128", 32, 32): Walk(64, 4, 3, 2),
+    ("forward", "column 32", 64, 128): Walk(32, 4, 2, 8),
+    ("forward", "column 32", 64, 64): Walk(32, 4, 3, 4),
+    ("backward", "window", 32, 32): Walk(64, 4, 2, 4),
+    ("backward", "column 128", 32, 32): Walk(64, 4, 2, 4),
+}
+MOST_BACK = 4  # tiles that a window reaches back, at most: their dq must fit the registers
 MOST_TILES = 3  # of a column
 
 
