@@ -1,13 +1,11 @@
 """Preparing data: the same bytes from any form of a source, nothing half-made ever used, mistakes told in one line."""
 
 import hashlib
-import http.server
 import io
 import json
 import multiprocessing
 import pickle
 import tarfile
-import threading
 import zipfile
 
 import numpy as np
@@ -17,7 +15,7 @@ import pytest
 from PIL import Image
 
 from sparse_tx import UserError
-from sparse_tx.data import DataSpec, download, prepare, stdlib
+from sparse_tx.data import DataSpec, prepare, stdlib
 from sparse_tx.data.images import decode_rgb
 
 
@@ -262,67 +260,6 @@ def test_a_python_without_its_source_is_told_what_to_do(tmp_path):
     (tmp_path / "lib").mkdir()
     with pytest.raises(UserError, match=r"data\.source=FOLDER"):
         prepare(DataSpec(name="stdlib", kind="text", context=16, source=str(tmp_path / "lib")))
-
-
-@pytest.fixture
-def server(tmp_path):
-    """serve(bytes, cut=...) -> an address on this machine; requests are kept in `seen`."""
-    state = {"data": b"", "cut": None, "seen": []}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-            state["seen"].append(start)
-            if self.path == "/missing":
-                self.send_error(404)
-                return
-            body = state["data"][start:]
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body)))
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(state['data']) - 1}/{len(state['data'])}")
-            self.end_headers()
-            cut, state["cut"] = state["cut"], None
-            self.wfile.write(body if cut is None else body[:cut])
-
-        def log_message(self, *_):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    state["url"] = f"http://127.0.0.1:{httpd.server_port}"
-    yield state
-    httpd.shutdown()
-    httpd.server_close()
-
-
-def test_a_download_that_breaks_off_goes_on_where_it_broke(server, tmp_path):
-    server["data"] = np.random.default_rng(0).bytes(300_000)
-    server["cut"] = 100_000
-    md5 = hashlib.md5(server["data"]).hexdigest()
-    path = download.fetch([server["url"] + "/file"], tmp_path / "file", what="it", manual="By hand.", md5=md5)
-    assert path.read_bytes() == server["data"]
-    assert server["seen"] == [0, 100_000]
-    assert not (tmp_path / "file.part").exists()
-
-
-def test_a_mirror_serves_where_the_first_address_does_not(server, tmp_path):
-    server["data"] = b"whole"
-    urls = [server["url"] + "/missing", server["url"] + "/file"]
-    assert download.fetch(urls, tmp_path / "file", what="it", manual="By hand.").read_bytes() == b"whole"
-
-
-def test_a_download_with_another_hash_is_never_kept(server, tmp_path):
-    server["data"] = b"something else"
-    with pytest.raises(UserError, match=r"instead of 0+: dropped.*Do it by hand"):
-        download.fetch([server["url"]], tmp_path / "file", what="it", manual="Do it by hand.", md5="0" * 32)
-    assert not (tmp_path / "file").exists()
-
-
-def test_without_a_network_the_message_says_how_to_get_the_data(monkeypatch, tmp_path):
-    monkeypatch.setattr("sparse_tx.data.enwik8.URLS", ("http://127.0.0.1:9/enwik8.zip",))
-    with pytest.raises(UserError, match=r"could not download enwik8.*data.source=FILE"):
-        prepare(DataSpec(name="enwik8", kind="text", context=16))
 
 
 def test_a_zip_with_enwik8_is_read_and_a_broken_one_refused(tmp_path):

@@ -16,7 +16,8 @@ from sparse_tx.data.store import SPLITS, Writer
 from sparse_tx.errors import UserError
 
 VERSION = 1
-URLS = ("http://mattmahoney.net/dc/enwik8.zip",)
+# The official address, then DeepAI's copy (as in the README of BlinkDL/RWKV-LM): the unzipped bytes are checked.
+URLS = ("https://mattmahoney.net/dc/enwik8.zip", "https://data.deepai.org/enwik8.zip")
 MD5 = "a1fa5ffddb56f4953e226637dabbb36a"  # of the unzipped file, as stated at mattmahoney.net/dc/textdata.html
 BYTES = 10**8
 RULE = "in order: the first 90 percent train, the next 5 percent validation, the rest test"
@@ -63,8 +64,9 @@ def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
                 writer.save(split, (length,), counted(file, length))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         _refuse(spec, path, f"{path} is a broken zip file ({error})")
-    progress.close()
-    if spec.source is None and md5.hexdigest() != MD5:
+    finally:
+        progress.close()
+    if spec.source is None and md5.hexdigest() != MD5:  # damaged since it was downloaded
         _refuse(spec, path, f"{path} does not hold enwik8: md5 {md5.hexdigest()}, expected {MD5}")
     return {
         "source": str(path) if spec.source else URLS[0],
@@ -87,9 +89,22 @@ def _downloaded(spec: DataSpec, download: bool) -> Path:
         URLS,
         Path(spec.root).expanduser() / "downloads" / "enwik8.zip",
         what="enwik8",
+        check=_not_enwik8,
         download=download,
         manual="Download it elsewhere, or take any text file, and give data.source=FILE (enwik8 or enwik8.zip)",
     )
+
+
+def _not_enwik8(path: Path) -> str | None:
+    """What is wrong with a zip; None if it holds the bytes that the publisher states the md5 of."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("enwik8") as member:
+            for chunk in read_chunks(member):
+                md5.update(chunk)
+    except (zipfile.BadZipFile, KeyError, zlib.error, EOFError) as error:
+        return f"no zip file with enwik8 ({error})"
+    return None if md5.hexdigest() == MD5 else f"md5 of the text {md5.hexdigest()} instead of {MD5}"
 
 
 def _local_file(source: str) -> Path:

@@ -39,9 +39,24 @@ def read_chunks(file, limit: int | None = None) -> Iterator[bytes]:
         yield chunk
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def file_digest(path: Path, kind: str) -> str:
+    """The "md5" or "sha256" of a file, in hexadecimal."""
+    digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         for chunk in read_chunks(file):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    return file_digest(path, "sha256")
+
+
+def listing_identity(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
+    """The same as `file_identity` in a few words, for folders of a million files."""
+    digest, count = hashlib.sha256(), 0
+    for path in paths:
+        stat = path.stat()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        count += 1
+    return {"folder": str(folder), "files": count, "listing": digest.hexdigest()}
