@@ -117,7 +117,10 @@ def test_broken_sources_of_images_are_refused(tmp_path, images):
         (evil, "is not a CIFAR-10 batch file"),
         (tmp_path / "empty", "holds no CIFAR-10"),
         (tmp_path / "nowhere", "is not there"),
-        (write_parquet(tmp_path / "d", images[:4], images[4:5], column="pixels"), "no column img or image"),
+        (
+            write_parquet(tmp_path / "d", images[:4], images[4:5], column="pixels"),
+            "no column img, image, jpg or png, but pixels",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             prepare(cifar(source))

@@ -74,9 +74,11 @@ def _downloaded(spec: DataSpec, download: bool) -> cifar10_files.Files:
     except UserError as first:
         if not download:
             raise UserError(f"{first}{MANUAL}") from None
-        manual = f"{MANUAL}. Before that: {first}"
-        for split, path in shards.items():
-            fetch([HUB + SHARDS[split]], path, what=f"CIFAR-10 ({split})", manual=manual, download=download)
+        try:
+            for split, path in shards.items():
+                fetch([HUB + SHARDS[split]], path, what="the hub's CIFAR-10", manual=MANUAL)
+        except UserError as second:
+            raise UserError(f"{first}{second}") from None
     return cifar10_files.Files("parquet", [shards["train"]], [shards["test"]])
 
 

@@ -3,7 +3,6 @@
 import gzip
 import io
 import pickle
-import re
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sparse_tx.data.images import decode_rgb
-from sparse_tx.data.progress import Progress
+from sparse_tx.data.parquet_images import check_shards, read_parquet
+from sparse_tx.data.unreadable import Unreadable
 from sparse_tx.errors import UserError
 
 SIDE = 32
@@ -46,7 +45,7 @@ def find(path: Path, told: str) -> Files:
         if train := sorted(path.glob(pattern)):
             test = sorted(path.glob(pattern.replace("train", "test")))
             for files in (train, test):
-                _check_shards(files)
+                check_shards(files)
             return Files("parquet", train, test)
     for folder in (path, path / FOLDER):
         there = [name for name in (*TRAIN_BATCHES, TEST_BATCH) if (folder / name).is_file()]
@@ -62,15 +61,6 @@ def find(path: Path, told: str) -> Files:
     )
 
 
-def _check_shards(files: list[Path]):
-    """Every one of NAME-00000-of-00003.parquet and so on."""
-    for path in files:
-        if match := re.search(r"-of-(\d+)\.parquet$", path.name):
-            alike = [other for other in files if other.name.endswith(match[0])]
-            if len(alike) != int(match[1]):
-                raise UserError(f"{path.parent} holds {len(alike)} of {int(match[1])} files *{match[0]}: get the rest")
-
-
 def read(files: Files) -> tuple[np.ndarray, np.ndarray]:
     """Training and test images, (N, 3072) uint8, row by row, R G B of a pixel together."""
     if files.form == "parquet":
@@ -83,32 +73,8 @@ def read(files: Files) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_parquet(paths: list[Path]) -> np.ndarray:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    images: list[np.ndarray] = []
-    progress = Progress("decoding CIFAR-10", None, "images")
-    for path in paths:
-        first = len(images)
-        try:
-            with parquet.ParquetFile(path) as file:
-                column = _image_column(file.schema_arrow, path)
-                for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                    for value in batch.column(0).to_pylist():
-                        data = value.get("bytes") if isinstance(value, dict) else value
-                        images.append(decode_rgb(data, SIDE, f"image {len(images) - first} of {path}").reshape(-1))
-                    progress.add(batch.num_rows)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
-    progress.close()
-    return np.stack(images) if images else np.empty((0, 3 * SIDE * SIDE), np.uint8)
-
-
-def _image_column(schema: Any, path: Path) -> str:
-    for name in ("img", "image"):
-        if name in schema.names:
-            return name
-    raise UserError(f"{path} has no column img or image, but {', '.join(schema.names) or 'none at all'}")
+    parts = list(read_parquet(paths, SIDE, Unreadable("refuse"), "CIFAR-10"))
+    return np.concatenate(parts) if parts else np.empty((0, 3 * SIDE * SIDE), np.uint8)
 
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
