@@ -37,6 +37,7 @@ class DataConfig:
     kind: str = MISSING
     root: str = "data"
     source: str | None = None
+    version: str | None = None
     context: int = MISSING
     stride: int | None = None
     c: int | None = None
@@ -55,6 +56,7 @@ class DataConfig:
             context=self.context,
             root=self.root,
             source=self.source,
+            version=self.version,
             unreadable=self.unreadable,
             synthetic=self.synthetic,
         )

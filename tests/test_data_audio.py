@@ -1,12 +1,15 @@
 """Recordings as bytes: mu-law there and back, one rate, and nothing that is broken taken for sound."""
 
+import hashlib
 import struct
+import tarfile
 
 import numpy as np
 import pytest
 import soundfile
 
 from sparse_tx import UserError
+from sparse_tx.data import DataModule, DataSpec, EvaluationWindows, TrainingOrder, prepare
 from sparse_tx.data.mu_law import RATE, encode_mu_law, expand_mu_law
 from sparse_tx.data.recordings import BLOCK, read_recording
 
@@ -102,3 +105,113 @@ def test_a_wav_whose_length_was_not_known_when_it_began_is_read(tmp_path):
     data[4:8] = data[40:44] = struct.pack("<I", 0xFFFFFFFF)
     (tmp_path / "pipe.wav").write_bytes(data)
     assert np.array_equal(read_recording(tmp_path / "pipe.wav"), read_recording(tmp_path / "a.wav"))
+
+
+def write_recordings(folder, count, form="wav", seconds=0.1):
+    """Tones of different pitch and length: no two the same."""
+    for k in range(count):
+        path = folder / ("deep" if k % 2 else "") / f"{k}.{form}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, tone(200 + 10 * k, seconds + k / 1000), RATE)
+    return folder
+
+
+def audio(source, **change):
+    return DataSpec(**({"name": "audio", "kind": "audio", "context": 256, "source": str(source)} | change))
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(3, 1), (12, 1), (45, 2)])
+def test_whole_recordings_are_held_out_in_order_of_the_hash_of_their_name(tmp_path, count, held_out):
+    prepared = prepare(audio(write_recordings(tmp_path / "a", count)))
+    files = sorted((tmp_path / "a").rglob("*.wav"))
+    named = {p.relative_to(tmp_path / "a").as_posix(): read_recording(p) for p in files}
+    order = sorted(named, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    wanted = {
+        "test": order[:held_out],
+        "validation": order[held_out : 2 * held_out],
+        "train": order[2 * held_out :],
+    }
+    for split, names in wanted.items():
+        assert np.array_equal(prepared.split(split), np.concatenate([named[name] for name in names]))
+        assert prepared.meta["recordings"][split] == [{"name": n, "samples": len(named[n])} for n in names]
+    assert sorted(p.name for p in prepared.folder.iterdir()) == ["meta.json", "test.npy", "train.npy", "validation.npy"]
+
+
+def test_fewer_than_three_recordings_or_none_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has 2 recordings that can be read: at least 3"):
+        prepare(audio(write_recordings(tmp_path / "two", 2)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no recordings: expected \.wav, \.flac"):
+        prepare(audio(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"0\.wav is one file: give a folder"):
+        prepare(audio(tmp_path / "two" / "0.wav"))
+    assert not list((tmp_path / "data" / "prepared").glob("*/*"))
+
+
+def test_unreadable_recordings_are_all_named_and_left_out_on_request(tmp_path, capsys):
+    folder = write_recordings(tmp_path / "a", 5)
+    whole = (folder / "0.wav").read_bytes()
+    (folder / "cut.wav").write_bytes(whole[:1000])
+    (folder / "text.mp3").write_bytes(b"no sound")
+    (folder / "._0.wav").write_bytes(b"a file system's own")
+    with pytest.raises(UserError, match=r"cut\.wav breaks off.*text\.mp3 cannot be read.*data\.unreadable=skip"):
+        prepare(audio(folder))
+    prepared = prepare(audio(folder, unreadable="skip"))
+    told = capsys.readouterr().err
+    assert "left out 2" in told
+    assert "cut.wav" in told
+    assert "text.mp3" in told
+    assert prepared.meta["left_out"] == 2
+    for path in (folder / "cut.wav", folder / "text.mp3"):
+        path.unlink()
+    alone = prepare(audio(folder))
+    assert all(np.array_equal(prepared.split(s), alone.split(s)) for s in ("train", "validation", "test"))
+
+
+def test_a_recording_that_breaks_off_while_it_is_read_leaves_nothing_of_itself(tmp_path):
+    folder = write_recordings(tmp_path / "a", 5, "flac")
+    soundfile.write(folder / "long.flac", np.random.default_rng(0).uniform(-1, 1, 3 * BLOCK), RATE)
+    clean = prepare(audio(write_recordings(tmp_path / "b", 5, "flac")))
+    data = bytearray((folder / "long.flac").read_bytes())
+    data[-200_000:] = bytes(200_000)
+    (folder / "long.flac").write_bytes(data)
+    prepared = prepare(audio(folder, unreadable="skip"))
+    assert prepared.meta["left_out"] == 1
+    assert all(np.array_equal(prepared.split(s), clean.split(s)) for s in ("train", "validation", "test"))
+
+
+def test_an_archive_is_read_as_the_folder_in_it(tmp_path):
+    folder = write_recordings(tmp_path / "a", 12)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(folder, ".")
+        info = tarfile.TarInfo("../outside.csv")
+        archive.addfile(info)
+    packed = prepare(audio(tmp_path / "a.tar.gz"))
+    names = [r["name"] for split in packed.meta["recordings"].values() for r in split]
+    assert len(names) == 12
+    assert not (tmp_path / "outside.csv").exists()
+    data = (tmp_path / "a.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="is not a whole archive"):
+        prepare(audio(tmp_path / "cut.tar.gz", unreadable="skip"))
+
+
+def test_every_sample_is_scored_once_and_training_crops_move_from_epoch_to_epoch(tmp_path):
+    prepared = prepare(audio(write_recordings(tmp_path / "a", 9, seconds=0.3)))
+    windows = EvaluationWindows(len(prepared.split("validation")), 256, kind="audio")
+    scored = [w.start + k for w in windows for k in range(w.first_scored, w.length)]
+    assert scored == list(range(len(prepared.split("validation"))))
+    order = TrainingOrder(prepared.split("train"), "audio", 256, seed=1)
+    assert len({order.window(k) % 256 for k in range(0, 2000, 97)}) > 5
+
+
+def test_a_million_samples_are_one_window(tmp_path):
+    folder = write_recordings(tmp_path / "a", 3)
+    long = max(
+        (f"long{k}.wav" for k in range(20)), key=lambda name: hashlib.sha256(name.encode()).digest()
+    )  # it trains
+    soundfile.write(folder / long, np.random.default_rng(0).normal(0, 0.1, 2_200_000), RATE)
+    data = DataModule(audio(folder, context=1 << 20), batch_size=1, seed=1, max_steps=2)
+    assert [b["tokens"].shape for b in data.train_dataloader()] == [(1, 1 << 20)] * 2
+    with pytest.raises(UserError, match="use a context of at most"):
+        prepare(audio(folder, context=1 << 22))

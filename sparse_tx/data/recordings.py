@@ -49,6 +49,18 @@ def stream_recording(source: Path | BinaryIO, where: str) -> Iterator[np.ndarray
         raise UserError(f"{where} cannot be read as a recording: {error}") from error
 
 
+def probe_recording(path: Path):
+    """UserError for what can be told without reading a recording to its end."""
+    soundfile, _ = _libraries()
+    try:
+        with soundfile.SoundFile(path) as file:
+            _check_whole(file.extra_info, str(path))
+            if file.frames == 0:
+                raise UserError(f"{path} holds no sound, or breaks off: it has no samples")
+    except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as a recording: {error}") from error
+
+
 def _libraries() -> tuple[Any, Any]:
     try:
         import soundfile

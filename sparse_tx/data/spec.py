@@ -7,6 +7,7 @@ from sparse_tx.errors import UserError
 
 KINDS = {"stdlib": "text", "enwik8": "text", "cifar10": "image", "imagenet64": "image", "audio": "audio"}
 SIDES = {"cifar10": 32, "imagenet64": 64}
+VERSIONS = ("oord", "box")
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class DataSpec:
     kind: "image", "text" or "audio": decides the position tables and whether bits are per dim or per byte.
     context: bytes a window; of an image all of them, 3 x side x side.
     root: where downloads and prepared arrays live. source: a local file or folder in place of the download.
-    unreadable: what a recording that cannot be read does: "refuse" stops, "skip" goes on and names it.
+    version: which of the two published ImageNet64 it is, "oord" or "box"; None: what the source tells.
+    unreadable: what a recording or picture that cannot be used does: "refuse" stops, "skip" goes on and names it.
     synthetic: a small made-up twin of the same kind and form: no network, no files, `source` ignored.
     """
 
@@ -25,6 +27,7 @@ class DataSpec:
     context: int
     root: str = "data"
     source: str | None = None
+    version: str | None = None
     unreadable: str = "refuse"
     synthetic: bool = False
 
@@ -37,6 +40,11 @@ class DataSpec:
             raise UserError(f"data.context={self.context} must be a whole number of bytes, 1 or more")
         if self.unreadable not in ("refuse", "skip"):
             raise UserError(f"data.unreadable={self.unreadable} is not known: use refuse or skip")
+        if self.version is not None and (self.name != "imagenet64" or self.version not in VERSIONS):
+            raise UserError(
+                f"data.version={self.version} does not fit data={self.name}: "
+                "data=imagenet64 has oord, the paper's, and box; other data have null"
+            )
         if self.kind == "image":
             self._check_side()
 
@@ -48,7 +56,7 @@ class DataSpec:
                 f"data.context={self.context} is not a whole image of 3 x side x side bytes: "
                 f"the nearest are {3 * low * low} (side {low}) and {3 * (low + 1) ** 2} (side {low + 1})"
             )
-        wanted = SIDES.get(self.name)
+        wanted = None if self.name == "imagenet64" and self.source else SIDES[self.name]  # one's own may have any side
         if not self.synthetic and wanted is not None and side != wanted:
             raise UserError(
                 f"data.context={self.context} (side {side}) does not fit data={self.name}: "

@@ -4,7 +4,7 @@ import sys
 
 from sparse_tx.errors import UserError
 
-NAMED = 20  # in a message; meta.json has up to a thousand
+NAMED = 10  # on stderr; meta.json has up to a thousand
 
 
 class Unreadable:
@@ -22,9 +22,9 @@ class Unreadable:
     def report(self):
         """Says on stderr what was left out."""
         if self.problems:
-            shown = "; ".join(self.problems[:NAMED])
-            more = f"; and {len(self.problems) - NAMED} more" if len(self.problems) > NAMED else ""
-            print(f"left out {len(self.problems)} files: {shown}{more}", file=sys.stderr, flush=True)
+            more = len(self.problems) - NAMED
+            lines = [f"left out {len(self.problems)} that cannot be used:", *self.problems[:NAMED]]
+            print("\n  ".join(lines + [f"and {more} more: see meta.json"] * (more > 0)), file=sys.stderr, flush=True)
 
     def meta(self) -> dict[str, object]:
         """For meta.json."""
