@@ -22,6 +22,11 @@ class Checkpoint:
     step: int
     contents: dict[str, Any]
 
+    @property
+    def trained_on(self) -> str | None:
+        """The title of its training data; None in older checkpoints."""
+        return self.contents["sparse_tx"].get("data")
+
     def weights(self, which: str) -> dict[str, torch.Tensor]:
         """ "ema" or "live", named as in the model."""
         if which == "ema":

@@ -42,6 +42,14 @@ class Prepared:
             raise UserError(f"data={self.spec.name} from {self.meta['source']} has no {name} split")
         return array
 
+    @property
+    def title(self) -> str:
+        """What it is, for logs and reports: the name, the version where there are several, the source if one's own."""
+        if self.spec.synthetic:
+            return f"synthetic twin of {self.spec.name}"
+        version = f" ({self.meta['version_name']})" if "version_name" in self.meta else ""
+        return f"{self.spec.name}{version}" + (f" from {self.meta['source']}" if self.spec.source is not None else "")
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({"_arrays": {}} if self.folder is not None else {})
 

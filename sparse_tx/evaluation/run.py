@@ -17,7 +17,7 @@ from sparse_tx.data import DataModule, DataSpec, EvaluationWindows, Prepared
 from sparse_tx.errors import UserError
 from sparse_tx.evaluation.bits import Score
 from sparse_tx.evaluation.counts import order_k_bits
-from sparse_tx.evaluation.paper import paper_bits
+from sparse_tx.evaluation.paper import compares, paper_bits
 from sparse_tx.model import ModelSpec
 
 ORDERS = (0, 1, 2)
@@ -60,6 +60,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "split": config.split,
         "weights": config.weights,
         "data": data["name"],
+        "data_version": datamodule.prepared.meta.get("version"),
         "context": spec.context,
         "min_context": min_context,
         "precision": precision,
@@ -117,13 +118,14 @@ def _report(
     result: dict[str, Any], prepared: Prepared, windows: EvaluationWindows, checkpoint: Checkpoint
 ) -> list[str]:
     unit = unit_of(prepared.spec.kind)
-    kind = "synthetic twin of " if prepared.spec.synthetic else ""
     lines = [
-        f"data: {kind}{result['data']}, {result['split']} split",
+        f"data: {prepared.title}, {result['split']} split",
         f"scored: {result['count']} bytes in {len(windows)} windows",
         f"context: {result['context']}, at least {result['min_context']} bytes before a scored one",
         f"weights: {result['weights']} at step {result['step']}, {result['precision']}, backend {result['backend']}",
     ]
+    if checkpoint.trained_on not in (None, prepared.title):
+        lines.append(f"trained on: {checkpoint.trained_on}")
     lines += reference_lines(prepared, windows, result["split"], checkpoint.config["attention"]["name"])
     lines += [f"nats: {result['nats']:.2f}", f"{unit}: {result['bits_per_dim']:.4f}"]
     return lines
@@ -138,8 +140,8 @@ def reference_lines(prepared: Prepared, windows: EvaluationWindows, split: str, 
         lines.append(f"count models on the same bytes: {numbers} {unit_of(prepared.spec.kind)}")
     paper = paper_bits(prepared.spec.name, attention)
     if paper is not None and not prepared.spec.synthetic:
-        other = ", on the official data" if prepared.spec.source is not None else ""
-        lines.append(f"paper (Child et al. 2019): {paper:.2f} {unit_of(prepared.spec.kind)} after full training{other}")
+        unit = unit_of(prepared.spec.kind)
+        lines.append(f"paper (Child et al. 2019): {paper:.2f} {unit} after full training{compares(prepared)}")
     return lines
 
 

@@ -92,6 +92,7 @@ class TrainingModule(LightningModule):
         """All that is needed to build, evaluate and sample the model again, as plain data."""
         checkpoint["sparse_tx"] = {
             "format": CHECKPOINT_FORMAT,
+            "data": self.trainer.datamodule.prepared.title,  # type: ignore[attr-defined]
             "model": self.config.model_spec().plain(),
             "config": self.config.plain(),
         }

@@ -62,7 +62,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.resume == "auto":
         _say(f"resume: {resume}" if resume else "resume: no checkpoint of this config, starting fresh")
     check_loggers(config.logger)
-    prepare(config.data.spec())
+    prepared = prepare(config.data.spec())
+    _say(f"prepared: {prepared.title}: {', '.join(f'{n:,} {split}' for split, n in prepared.meta['counts'].items())}")
     datamodule = _datamodule(config)
     folder = new_run_folder(config.output, config.name)
     write_config(folder, config)
