@@ -1,6 +1,7 @@
 """Datasets of the hub: one fixed revision, streamed by `datasets`, the same bytes as from a folder."""
 
 import io
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -83,6 +84,22 @@ def test_a_repository_that_cannot_be_opened_ends_with_what_to_do(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", gone)
     with pytest.raises(UserError, match=r"cannot be opened: cannot reach the hub\. .*data\.source=FOLDER"):
         prepare(spec(SOURCE))
+
+
+@pytest.mark.parametrize(
+    ("library", "what", "remedy"),
+    [
+        ("datasets", {}, r"needs the datasets library: pip install 'sparse-tx\[hub\]'"),
+        ("soundfile", {"name": "audio", "kind": "audio", "context": 64}, "pip install soundfile soxr"),
+    ],
+)
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    hub, monkeypatch, tmp_path, library, what, remedy
+):
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 8000)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=remedy):
+        prepare(spec(tmp_path if what else SOURCE, **what))
 
 
 def test_a_source_of_the_hub_must_name_a_fixed_revision():

@@ -60,9 +60,10 @@ def test_the_order_of_a_seed_stays_for_ever():
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_together_see_the_batch_of_one(world):
+@pytest.mark.parametrize("kind", ["text", "image", "audio"])
+def test_ranks_together_see_the_batch_of_one(kind, world):
     def sampler(rank, world):
-        return StepSampler(TrainingOrder(103, "text", 7, 5), batch_size=8, rank=rank, world=world, steps=9)
+        return StepSampler(TrainingOrder(103, kind, 7, 5), batch_size=8, rank=rank, world=world, steps=9)
 
     shares = [list(sampler(rank, world)) for rank in range(world)]
     for step, whole in enumerate(sampler(0, 1)):
