@@ -25,7 +25,7 @@ class Checkpoint:
     @property
     def trained_on(self) -> str | None:
         """The title of its training data; None in older checkpoints."""
-        return self.contents["sparse_tx"].get("data")
+        return self.contents.get("sparse_tx", {}).get("data")
 
     def weights(self, which: str) -> dict[str, torch.Tensor]:
         """ "ema" or "live", named as in the model."""

@@ -17,8 +17,9 @@ NOT_RUN = ("logger=[csv,wandb]",)
 def run(command, **changes):
     """A command line of the README, in the test's folder."""
     script, *arguments = shlex.split(command.partition("#")[0])[1:]
+    program = [script] if script == "-m" else [str(ROOT / script)]
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True, timeout=300, **changes
+        [sys.executable, *program, *arguments], capture_output=True, text=True, timeout=300, **changes
     )
 
 
@@ -74,6 +75,9 @@ def test_two_processes_have_the_losses_of_one():
     [
         ("python train.py data=enwik8 data.source=missing.txt", "missing.txt"),
         ("python train.py attention.stride=0", "attention.stride=0"),
+        ("python train.py data=audio data.source=.", "holds no recordings: expected .wav, .flac, .ogg"),
+        ("python train.py data=imagenet64 data.source=hf://datasets/a/b@main", "names no fixed revision"),
+        ("python -m sparse_tx.data describe data=enwik8 data.source=missing.txt", "missing.txt is not there"),
         ("python evaluate.py checkpoint=missing.ckpt", "missing.ckpt does not exist"),
         ("python evaluate.py checkpoint=epoch=0-step=100.ckpt", """'checkpoint="epoch=0-step=100.ckpt"'"""),
         ("python sample.py", "checkpoint is missing"),
