@@ -162,6 +162,32 @@ def test_the_version_stands_in_meta_title_and_beside_the_papers_number(tmp_path,
     assert "does not compare" not in compares(oord)
 
 
+def test_training_and_evaluation_name_the_version_and_what_was_trained_on(tmp_path, images, compose, capsys):
+    from evaluate import evaluate
+    from train import train
+
+    first = write("npy", tmp_path / "a", images[:50], images[50:])
+    second = write("parquet", tmp_path / "b", images[5:50], images[50:])
+    small = ("model.layers=1", "model.width=16", "model.heads=2", "model.qk=16", "model.ff=16", "trainer.max_steps=1")
+    data = ("data=imagenet64", f"data.source={first}", "data.version=box", "data.context=48", "data.batch_size=2")
+    run = train(compose("train", *data, *small, "attention=strided", "attention.stride=12", "trainer=cpu"))
+    trained = capsys.readouterr().out
+    assert "prepared: imagenet64 (version box: box-resized, Chrabaszcz et al. 2017, not the paper's) from" in trained
+    assert "48 train, 2 validation, 10 test" in trained
+    assert "paper (Child et al. 2019): 3.44 bits/dim after full training, on van den Oord's" in trained
+    checkpoint = (f"checkpoint={run['checkpoint']}", "split=test", "device=cpu")
+    result = evaluate(compose("evaluate", *checkpoint))
+    same = capsys.readouterr().out
+    assert result["data_version"] == "box"
+    assert "data: imagenet64 (version box" in same
+    assert "trained on" not in same
+    evaluate(compose("evaluate", *checkpoint, f"data.source={second}"))
+    assert (
+        f"trained on: imagenet64 (version box: box-resized, Chrabaszcz et al. 2017, not the paper's) from {first}"
+        in (capsys.readouterr().out)
+    )
+
+
 def test_images_of_ones_own_in_one_folder_are_held_out_by_hash(tmp_path, images):
     write_pictures(tmp_path / "a" / "cats", images[:40])
     write_pictures(tmp_path / "a" / "dogs", images[40:])
@@ -272,6 +298,13 @@ def test_a_version_is_for_imagenet64_alone():
         DataSpec(name="cifar10", kind="image", context=3072, version="oord")
 
 
-def test_names_are_sorted_as_numbers_are_read(tmp_path):
-    names = ["train_data_batch_10", "train_data_batch_2", "train_data_batch_1"]
-    assert sorted(names, key=image_files._natural) == names[::-1]
+def test_names_are_sorted_as_numbers_are_read():
+    names = ["later_1", "batch_10_b", "batch_10", "batch_2", "batch_1"]
+    assert sorted(names, key=image_files._natural) == ["batch_1", "batch_2", "batch_10", "batch_10_b", "later_1"]
+
+
+def test_a_download_of_other_counts_is_not_taken_for_the_set():
+    with pytest.raises(UserError, match=r"has 1281149 training and 50000 held-out images, not \(1281149, 49999\)"):
+        imagenet64._version(spec("", source=None, context=12288), "npy", {"train": 1_281_149, "validation": 50_000})
+    whole = dict(zip(("train", "validation"), imagenet64.COUNTS["box"], strict=True))
+    assert imagenet64._version(spec("", source=None, version="box", context=12288), "npz", whole) == "box"

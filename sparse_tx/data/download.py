@@ -161,10 +161,11 @@ class _Part:
             expected = int(length) + (have if resumed else 0) if length is not None else None
             self._check_space(what, (expected or 0) - (have if resumed else 0))
             etag = response.headers.get("ETag", "")
-            self._told.write_text(json.dumps({"url": self.url, "etag": "" if etag.startswith("W/") else etag}))
             progress = Progress(f"downloading {what}", expected, "MB", 1e6, done=have if resumed else 0)
             try:
-                with self.path.open("ab" if resumed else "wb") as file:
+                with self.path.open("ab" if resumed else "wb") as file:  # emptied before what it is of is written down
+                    told = {"url": self.url, "etag": "" if etag.startswith("W/") else etag}
+                    self._told.write_text(json.dumps(told))
                     self._copy(response, file, progress, hurry)
             finally:
                 progress.close()

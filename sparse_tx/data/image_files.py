@@ -90,9 +90,9 @@ def _files(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural(name: str) -> list[tuple[str, int]]:
     """train_data_batch_2 before train_data_batch_10."""
-    return [(int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def _split_of(path: Path, form: str) -> str | None:

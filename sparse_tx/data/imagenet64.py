@@ -100,7 +100,8 @@ def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
                 array = _decoded(scratch / split, found.read(spec.side, unreadable, f"{split} images"), spec.side)
             arrays[split] = array
         if form != "pictures":
-            told["sha256"] = {"source": {p.name: file_sha256(p) for found in sets.values() for p in found.paths}}
+            paths = [path for found in sets.values() for path in found.paths]
+            told["sha256"] = {"source": {f"{path.parent.name}/{path.name}": file_sha256(path) for path in paths}}
     unreadable.report()
     version = _version(spec, form, {split: len(array) for split, array in arrays.items()})
     plan, rule = _plan(arrays, version, source)
@@ -175,6 +176,14 @@ def _decoded(path: Path, chunks: Iterator[np.ndarray], side: int) -> np.ndarray:
 def _version(spec: DataSpec, form: str, counts: dict[str, int]) -> str:
     """Which version a source holds: as told, unless its counts or form say otherwise; "other" if nothing tells."""
     held_out = counts.get("validation", counts.get("test"))
+    if spec.source is None:
+        version = _wanted(spec)
+        if (counts["train"], held_out) != COUNTS[version]:
+            raise UserError(
+                f"what was downloaded for {NAMES[version]} has {counts['train']} training and {held_out} held-out "
+                f"images, not {COUNTS[version]}: remove it from {spec.root} and run the command again"
+            )
+        return version
     for version, (train, valid) in COUNTS.items():
         sure = version == "oord" or form == "npz"  # any other shrinking of ImageNet has the counts of box
         if counts["train"] != train and held_out != valid:
@@ -186,11 +195,6 @@ def _version(spec: DataSpec, form: str, counts: dict[str, int]) -> str:
             )
         if sure or spec.version is not None:
             return version
-    if spec.source is None:
-        raise UserError(
-            f"what was downloaded for {NAMES[_wanted(spec)]} has {counts['train']} training and {held_out} held-out "
-            f"images, not {COUNTS[_wanted(spec)]}: remove it from {spec.root} and run the command again"
-        )
     return spec.version or "other"
 
 
@@ -205,9 +209,8 @@ def _plan(arrays: dict[str, np.ndarray], version: str, source: str) -> tuple[Pla
         test = held_out.get("validation", held_out.get("test", train[:0]))
         return _splits((train, rows[:-k]), (train, rows[-k:]), test), RULES["official"].format(k=k)
     if len(held_out) == 2:
-        return _splits((train, rows), (held_out["validation"], _all(held_out["validation"])), held_out["test"]), RULES[
-            "given"
-        ]
+        validation_set = held_out["validation"]
+        return _splits((train, rows), (validation_set, _all(validation_set)), held_out["test"]), RULES["given"]
     by_hash = np.array(sorted(rows, key=[hashlib.sha256(image).digest() for image in train].__getitem__))
     if held_out:
         ((name, test),) = held_out.items()

@@ -1,5 +1,6 @@
 """Prepared arrays on disk: made once, in a folder named by a hash of what made them, put in place by one rename."""
 
+import errno
 import hashlib
 import json
 import os
@@ -85,7 +86,8 @@ def stored(root: Path, name: str, identity: dict[str, Any], build: Build) -> tup
                     _sweep(folder)
                 meta = _make(folder, name, identity, build)
     except OSError as error:
-        raise UserError(f"cannot prepare {name} in data.root={root}: {error}") from error
+        remedy = ": make room, or give data.root another folder" if error.errno == errno.ENOSPC else ""
+        raise UserError(f"cannot prepare {name} in data.root={root}: {error}{remedy}") from error
     return folder, meta
 
 
