@@ -14,7 +14,7 @@ from sparse_tx.data.download import fetch
 from sparse_tx.data.hub import HubSet, hub_set
 from sparse_tx.data.mu_law import RATE
 from sparse_tx.data.progress import Progress
-from sparse_tx.data.recordings import SUFFIXES, probe_recording, stream_recording
+from sparse_tx.data.recordings import SUFFIXES, decoder, probe_recording, stream_recording
 from sparse_tx.data.source import file_identity, file_sha256, listing_identity, local_path
 from sparse_tx.data.spec import DataSpec
 from sparse_tx.data.store import Writer
@@ -69,6 +69,7 @@ def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
     codes.unlink()
     return told | {
         "encoding": f"mono, {RATE} Hz, 8-bit mu-law",
+        "decoder": decoder(),
         "recordings": {s: [{"name": n, "samples": where[n][1] - where[n][0]} for n in splits[s]] for s in splits},
         "split_rule": RULE.format(k=len(splits["test"])),
         **unreadable.meta(),
@@ -160,8 +161,7 @@ def _from_hub(hub: HubSet) -> Named:
 def _decode(named: Named, count: int | None, path: Path, unreadable: Unreadable) -> dict[str, tuple[int, int]]:
     """Writes the codes of all recordings one after another; where each begins and ends."""
     where: dict[str, tuple[int, int]] = {}
-    progress = Progress("reading recordings", count, "recordings")
-    with path.open("wb") as file:
+    with Progress("reading recordings", count, "recordings") as progress, path.open("wb") as file:
         for name, source in named:
             first = file.tell()
             try:
@@ -173,7 +173,6 @@ def _decode(named: Named, count: int | None, path: Path, unreadable: Unreadable)
                 file.seek(first)
                 file.truncate()
             progress.add(1)
-    progress.close()
     return where
 
 

@@ -19,7 +19,7 @@ def facts(prepared: Prepared, seed: int) -> list[str]:
     spec, meta = prepared.spec, prepared.meta
     unit = "images" if spec.kind == "image" else "bytes"
     lines = [f"data: {prepared.title}", f"source: {meta['source']}"]
-    lines += [f"{key}: {meta[key]}" for key in ("version", "encoding", "python") if key in meta]
+    lines += [f"{key}: {meta[key]}" for key in ("version", "encoding", "decoder", "python") if key in meta]
     order = TrainingOrder(prepared.split("train"), spec.kind, spec.context, seed)
     windows = int(order.sizes(np.array([0]))[0])
     lines.append(f"windows: {windows:,} of {spec.context:,} bytes in the first epoch of seed {seed}")

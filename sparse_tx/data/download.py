@@ -161,14 +161,14 @@ class _Part:
             expected = int(length) + (have if resumed else 0) if length is not None else None
             self._check_space(what, (expected or 0) - (have if resumed else 0))
             etag = response.headers.get("ETag", "")
-            progress = Progress(f"downloading {what}", expected, "MB", 1e6, done=have if resumed else 0)
-            try:
-                with self.path.open("ab" if resumed else "wb") as file:  # emptied before what it is of is written down
-                    told = {"url": self.url, "etag": "" if etag.startswith("W/") else etag}
-                    self._told.write_text(json.dumps(told))
-                    self._copy(response, file, progress, hurry)
-            finally:
-                progress.close()
+            have = have if resumed else 0
+            with (
+                Progress(f"downloading {what}", expected, "MB", 1e6, done=have) as progress,
+                self.path.open("ab" if resumed else "wb") as file,  # emptied before what it is of is written down
+            ):
+                told = {"url": self.url, "etag": "" if etag.startswith("W/") else etag}
+                self._told.write_text(json.dumps(told))
+                self._copy(response, file, progress, hurry)
         if expected is not None and self.path.stat().st_size != expected:
             raise _Broken(f"broke off at {self.path.stat().st_size} of {expected} bytes")
         return resumed

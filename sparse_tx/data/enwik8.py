@@ -49,9 +49,8 @@ def identify(spec: DataSpec) -> dict[str, Any]:
 def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
     path = _local_file(spec.source) if spec.source else _downloaded(spec, download)
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    progress = Progress("preparing text", None, "MB", 1e6)
 
-    def counted(file: BinaryIO, length: int) -> Iterator[bytes]:
+    def counted(file: BinaryIO, length: int, progress: Progress) -> Iterator[bytes]:
         for chunk in read_chunks(file, length):
             md5.update(chunk)
             sha256.update(chunk)
@@ -59,13 +58,11 @@ def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
             yield chunk
 
     try:
-        with _open(path) as (file, total):
+        with _open(path) as (file, total), Progress("preparing text", total, "MB", 1e6) as progress:
             for split, length in zip(SPLITS, split_lengths(total), strict=True):
-                writer.save(split, (length,), counted(file, length))
+                writer.save(split, (length,), counted(file, length, progress))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         _refuse(spec, path, f"{path} is a broken zip file ({error})")
-    finally:
-        progress.close()
     if spec.source is None and md5.hexdigest() != MD5:  # damaged since it was downloaded
         _refuse(spec, path, f"{path} does not hold enwik8: md5 {md5.hexdigest()}, expected {MD5}")
     return {

@@ -43,11 +43,11 @@ class ImageSet:
             yield from read_parquet(self.paths, side, unreadable, what)
             return
         reader = {"npy": _read_npy, "npz": _read_npz, "pictures": _read_pictures}[self.form]
-        progress = Progress(f"decoding {what}", len(self.paths) if self.form == "pictures" else None, "images")
-        for chunk in reader(self.paths, side, unreadable):
-            progress.add(len(chunk))
-            yield chunk
-        progress.close()
+        total = len(self.paths) if self.form == "pictures" else None
+        with Progress(f"decoding {what}", total, "images") as progress:
+            for chunk in reader(self.paths, side, unreadable):
+                progress.add(len(chunk))
+                yield chunk
 
 
 def find(path: Path, told: str) -> dict[str, ImageSet]:

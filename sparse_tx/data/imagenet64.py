@@ -154,13 +154,12 @@ def _hub_splits(hub: HubSet) -> dict[str, str]:
 
 def _hub_images(hub: HubSet, split: str, side: int, unreadable: Unreadable) -> Iterator[np.ndarray]:
     row = 0
-    progress = Progress(f"streaming {split} images", None, "images")
-    for table in hub.tables(split):
-        column = table.column(image_column(table.schema.names, str(hub)))
-        yield decode_rows(column, side, unreadable, f"{split} of {hub}", row)
-        row += len(table)
-        progress.add(len(table))
-    progress.close()
+    with Progress(f"streaming {split} images", None, "images") as progress:
+        for table in hub.tables(split):
+            column = table.column(image_column(table.schema.names, str(hub)))
+            yield decode_rows(column, side, unreadable, f"{split} of {hub}", row)
+            row += len(table)
+            progress.add(len(table))
 
 
 def _decoded(path: Path, chunks: Iterator[np.ndarray], side: int) -> np.ndarray:

@@ -30,19 +30,18 @@ def read_parquet(paths: list[Path], side: int, unreadable: Unreadable, what: str
     import pyarrow
     import pyarrow.parquet as parquet
 
-    progress = Progress(f"decoding {what}", None, "images")
-    for path in paths:
-        row = 0
-        try:
-            with parquet.ParquetFile(path) as file:
-                column = image_column(file.schema_arrow.names, str(path))
-                for batch in file.iter_batches(batch_size=BATCH, columns=[column]):
-                    yield decode_rows(batch.column(0), side, unreadable, str(path), row)
-                    row += batch.num_rows
-                    progress.add(batch.num_rows)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
-    progress.close()
+    with Progress(f"decoding {what}", None, "images") as progress:
+        for path in paths:
+            row = 0
+            try:
+                with parquet.ParquetFile(path) as file:
+                    column = image_column(file.schema_arrow.names, str(path))
+                    for batch in file.iter_batches(batch_size=BATCH, columns=[column]):
+                        yield decode_rows(batch.column(0), side, unreadable, str(path), row)
+                        row += batch.num_rows
+                        progress.add(batch.num_rows)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise UserError(f"{path} is not a whole parquet file: {str(error).splitlines()[0]}") from error
 
 
 def image_column(names: list[str], where: str) -> str:

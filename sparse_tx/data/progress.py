@@ -9,7 +9,10 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Counts units of work; `total` and `done` in the same unit, shown divided by `scale`."""
+    """Counts units of work; `total` and `done` in the same unit, shown divided by `scale`.
+
+    Used by `with`: a bar that is not stopped would leave the terminal without its cursor.
+    """
 
     def __init__(self, what: str, total: int | None, unit: str = "", scale: float = 1.0, done: int = 0):
         self.what, self.total, self.unit, self.scale, self.done = what, total, unit, scale, done
@@ -30,7 +33,10 @@ class Progress:
             self._next = now + LINE_SECONDS
         self._spoke = True
 
-    def close(self):
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object):
         if self._bar is not None:
             self._draw()
             self._bar.stop()

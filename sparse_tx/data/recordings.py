@@ -12,7 +12,7 @@ from sparse_tx.errors import UserError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 BLOCK = 1 << 18  # frames at a time: a recording of hours takes the memory of seconds
-STREAMED = 0xFFFFFF00  # a WAV header written before the length was known claims about 2^32 bytes
+STREAMED = 0x7FFF0000  # a WAV header written before the length was known claims about 2^31 or 2^32 bytes
 
 
 def read_recording(path: str | Path) -> np.ndarray:
@@ -59,6 +59,12 @@ def probe_recording(path: Path):
                 raise UserError(f"{path} holds no sound, or breaks off: it has no samples")
     except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read as a recording: {error}") from error
+
+
+def decoder() -> str:
+    """What recordings are decoded and resampled by: another release may give other bytes for Ogg and MP3."""
+    soundfile, soxr = _libraries()
+    return f"soundfile {soundfile.__version__} (libsndfile {soundfile.__libsndfile_version__}), soxr {soxr.__version__}"
 
 
 def _libraries() -> tuple[Any, Any]:
