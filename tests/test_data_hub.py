@@ -78,8 +78,11 @@ def test_without_downloads_nothing_is_streamed(hub):
 
 
 def test_a_repository_that_cannot_be_opened_ends_with_what_to_do(monkeypatch):
+    class OfAnHttpClient(Exception):
+        pass
+
     def gone(*_, **__):
-        raise ConnectionError("cannot reach the hub\nand more")
+        raise OfAnHttpClient("cannot reach the hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", gone)
     with pytest.raises(UserError, match=r"cannot be opened: cannot reach the hub\. .*data\.source=FOLDER"):

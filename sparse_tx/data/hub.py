@@ -26,7 +26,7 @@ class HubSet:
         """The rows of a split as pyarrow tables: pictures and recordings stay as they are encoded."""
         try:
             yield from self._load()[split].with_format("arrow").iter(batch_size=BATCH)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of the hub's libraries and of whichever HTTP client they use
             raise UserError(f"{self} broke off: {_first_line(error)}. Run the command again") from error
 
     def _load(self) -> Any:
@@ -36,7 +36,7 @@ class HubSet:
             raise UserError(f"{self} needs the datasets library: pip install 'sparse-tx[hub]'") from error
         try:
             return datasets.load_dataset(self.repository, self.configuration, revision=self.revision, streaming=True)
-        except (OSError, ValueError, RuntimeError) as error:  # its own errors are among these
+        except Exception as error:  # as above
             raise UserError(
                 f"{self} cannot be opened: {_first_line(error)}. Without a network, get its files on another machine "
                 "and give data.source=FOLDER"
