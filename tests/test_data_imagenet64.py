@@ -246,9 +246,11 @@ def test_broken_sources_are_refused_in_one_line(tmp_path, images):
     (tmp_path / "beside" / "stray.png").write_bytes(png(images[0]))
     write_pictures(tmp_path / "only" / "test", images[:5])
     write_pictures(tmp_path / "few", images[:2])
+    (tmp_path / "images.tar").write_bytes(b"no form that is read")
     for name, message in {
         "nowhere": "is not there",
         "empty": "holds no images: expected",
+        "images.tar": "holds no images: expected",
         "cut": "is not a whole zip file",
         "short": "is not a whole .npy file",
         "objects": "is not a whole .npy file: .*Python objects",

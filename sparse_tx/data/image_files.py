@@ -56,7 +56,10 @@ def find(path: Path, told: str) -> dict[str, ImageSet]:
     Whose split a file is in is said by its own name or its folder's (pictures: by the folder's alone): train, valid,
     val, validation or test as a word of it. Without any such name all are for training.
     """
-    files = [path] if path.is_file() else sorted(_files(path), key=lambda p: _natural(p.relative_to(path).as_posix()))
+    if path.is_file():
+        files = [path] if path.suffix.lower() in FORMS else []
+    else:
+        files = sorted(_files(path), key=lambda p: _natural(p.relative_to(path).as_posix()))
     if not files:
         raise UserError(
             f"data.source={told} holds no images: expected *.parquet, *.npy, *.npz (also in *.zip), or pictures "
