@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,28 +11,26 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
+from sparse_tx.checkpoint import read_checkpoint
 from sparse_tx.config import TrainConfig
 from sparse_tx.data import DataModule, prepare
 from sparse_tx.errors import UserError
-from sparse_tx.evaluation.run import backends, reference_lines, unit_of
+from sparse_tx.evaluation.run import unit_of
 from sparse_tx.model.cost import Cost, cost_of
 from sparse_tx.training.callbacks import (
     BEST,
     LAST,
-    Bar,
     Deadline,
-    Progress,
     Trace,
     checkpoint_callbacks,
-    clock,
-    readable,
 )
 from sparse_tx.training.ema import EMA
-from sparse_tx.training.folders import find_resume, new_run_folder, override, write_config
+from sparse_tx.training.folders import find_resume, new_run_folder, write_config
 from sparse_tx.training.loggers import check_loggers, make_loggers
 from sparse_tx.training.module import TrainingModule
+from sparse_tx.training.progress import Progress, display
+from sparse_tx.training.summary import batch_flops, conclude, describe, expect, say
 
-H200_FLOPS = 989e12  # dense bf16, by its datasheet
 _NOTICES = (
     ".*does not have many workers.*",
     ".*Experiment logs directory .* exists and is not empty.*",
@@ -43,7 +39,6 @@ _NOTICES = (
     ".*The dirpath has changed from.*",  # a resumed run has a folder of its own
     ".*isinstance.treespec, LeafSpec.*",
 )
-UTILISATION = 0.2  # assumed where nothing has been measured
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -53,29 +48,28 @@ def train(config: TrainConfig) -> dict[str, Any]:
     is made.
     """
     device, precision = _device_and_precision(config)
-    half = precision != "32-true"
-    cost = cost_of(config.model_spec(), half=half)
-    _describe(config, cost, device, precision)
+    cost = cost_of(config.model_spec(), half=precision != "32-true")
+    describe(config, cost, device, precision)
     if config.dry_run:
-        return _expect(config, cost)
+        return expect(config, cost)
     resume = find_resume(config)
     if config.resume == "auto":
-        _say(f"resume: {resume}" if resume else "resume: no checkpoint of this config, starting fresh")
+        say(f"resume: {resume}" if resume else "resume: no checkpoint of this config, starting fresh")
     check_loggers(config.logger)
     prepare(config.data.spec())
     datamodule = _datamodule(config)
     folder = new_run_folder(config.output, config.name)
     write_config(folder, config)
-    _say(f"run: {folder}")
+    say(f"run: {folder}")
 
     _quiet()
     seed_everything(config.seed, workers=True, verbose=False)
     module = TrainingModule(config)
-    trainer, progress = _trainer(config, folder, precision, make_loggers(config, folder))
+    trainer, progress = _trainer(config, folder, precision, cost, make_loggers(config, folder))
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     metrics = _finish(trainer, module, datamodule, folder)
     if trainer.is_global_zero:
-        _conclude(config, datamodule, metrics, progress)
+        conclude(config, datamodule, metrics, progress)
     return metrics
 
 
@@ -94,23 +88,24 @@ def _datamodule(config: TrainConfig) -> DataModule:
     )
 
 
-def _trainer(config: TrainConfig, folder: Path, precision: str, loggers: list[Logger]) -> tuple[Trainer, Progress]:
+def _trainer(
+    config: TrainConfig, folder: Path, precision: str, cost: Cost, loggers: list[Logger]
+) -> tuple[Trainer, Progress]:
     settings, reporting = config.trainer, config.callbacks
     every = reporting.validate_every or max(1, min(5000, -(-settings.max_steps // 5)))
-    terminal = sys.stdout.isatty()
-    unit = unit_of(config.data.kind)
+    deadline = None if settings.max_time is None else Deadline(settings.max_time)
     progress = Progress(
+        display(settings.max_steps, unit_of(config.data.kind)),
         every=min(reporting.log_every, settings.max_steps),
         max_steps=settings.max_steps,
         bytes_a_step=config.data.batch_size * config.data.context,
-        unit=unit,
-        lines=not terminal,
+        flops_a_step=batch_flops(config, cost),
+        half=precision != "32-true",
+        deadline=deadline,
     )
     callbacks: list[Callback] = [EMA(settings.ema_decay), progress]
-    if terminal:
-        callbacks.append(Bar(reporting.log_every, unit))
-    if settings.max_time is not None:
-        callbacks.append(Deadline(settings.max_time))
+    if deadline is not None:
+        callbacks.append(deadline)
     callbacks += checkpoint_callbacks(folder / "checkpoints", reporting.checkpoint_every or every, reporting.keep)
     if config.profile:
         callbacks.append(Trace(folder))
@@ -127,7 +122,7 @@ def _trainer(config: TrainConfig, folder: Path, precision: str, loggers: list[Lo
         log_every_n_steps=min(reporting.log_every, settings.max_steps),
         gradient_clip_val=config.optimizer.clip,
         use_distributed_sampler=False,
-        enable_progress_bar=terminal,
+        enable_progress_bar=False,
         enable_model_summary=False,
         logger=loggers,
         callbacks=callbacks,
@@ -140,27 +135,15 @@ def _finish(trainer: Trainer, module: TrainingModule, datamodule: DataModule, fo
     """Score the last weights and return the better of them and the best checkpoint so far."""
     (scores,) = trainer.validate(module, datamodule, verbose=False)
     last = scores["val/bits_per_dim"]
-    result = {"val/bits_per_dim": last, "checkpoint": str(folder / "checkpoints" / LAST), "steps": trainer.global_step}
+    steps = trainer.global_step
+    result = {"val/bits_per_dim": last, "checkpoint": str(folder / "checkpoints" / LAST), "steps": steps}
+    result["best_step"] = steps
     best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == "val/bits_per_dim"), None)
     score = getattr(best, "best_model_score", None)
     if score is not None and float(score) < last:
-        result |= {"val/bits_per_dim": float(score), "checkpoint": str(folder / "checkpoints" / BEST)}
+        path = folder / "checkpoints" / BEST
+        result |= {"val/bits_per_dim": float(score), "checkpoint": str(path), "best_step": read_checkpoint(path).step}
     return result
-
-
-def _conclude(config: TrainConfig, datamodule: DataModule, metrics: dict[str, Any], progress: Progress) -> None:
-    unit = unit_of(config.data.kind)
-    windows = datamodule.evaluation_windows("validation")
-    print(f"trained: {metrics['steps']} steps in {clock(progress.seconds)}")
-    if torch.cuda.is_available():
-        print(f"memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
-    print(f"validation: {windows.scored} bytes in {len(windows)} windows, ema weights")
-    for line in reference_lines(datamodule.prepared, windows, "validation", config.attention.name):
-        print(line)
-    print(f"{unit}: {metrics['val/bits_per_dim']:.4f}")
-    print(f"checkpoint: {metrics['checkpoint']}")
-    print(f"evaluate: python evaluate.py {override('checkpoint', metrics['checkpoint'])} split=test")
-    print(f"sample: python sample.py {override('checkpoint', metrics['checkpoint'])} count=4", flush=True)
 
 
 def _device_and_precision(config: TrainConfig) -> tuple[torch.device, str]:
@@ -191,51 +174,6 @@ def _device_and_precision(config: TrainConfig) -> tuple[torch.device, str]:
             f"use at most {torch.cuda.device_count()}"
         )
     return torch.device("cuda" if cuda else "cpu"), "32-true" if precision == "32" else precision
-
-
-def _describe(config: TrainConfig, cost: Cost, device: torch.device, precision: str) -> None:
-    a, m = config.attention, config.model
-    spec = config.model_spec()
-    _say(f"parameters: {cost.parameters / 1e6:.2f}M")
-    _say(f"model: {m.layers} layers, width {m.width}, {m.heads} heads, qk {m.qk}, ff {m.ff}, dropout {m.dropout}")
-    _say(
-        f"data: {config.data.name}{' (synthetic twin)' if config.data.synthetic else ''}, context {config.data.context}"
-    )
-    counted: dict[str, int] = {}
-    for layer in spec.patterns():
-        text = ", ".join(map(str, dict.fromkeys(layer)))
-        counted[text] = counted.get(text, 0) + 1
-    for text, count in counted.items():
-        _say(f"attention: {a.name} {a.combine}: {text} in {count} of {m.layers} layers")
-    _say(f"backend: {backends(spec, device, precision)} on {device.type}, {precision}")
-
-
-def _expect(config: TrainConfig, cost: Cost) -> dict[str, Any]:
-    """What a dry run reports: nothing is loaded, trained or written."""
-    batch, steps = config.data.batch_size, config.trainer.max_steps
-    step_flops = batch * cost.flops
-    memory = cost.state_bytes + batch * cost.activation_bytes
-    seconds = step_flops * steps / (H200_FLOPS * UTILISATION)
-    _say(f"keys a query: {cost.pairs:.1f} of {config.data.context} (mean over layers and heads)")
-    _say(f"FLOPs: {readable(step_flops)} a step, {readable(step_flops * steps)} in {steps} steps")
-    _say(f"bytes: {readable(batch * config.data.context)} a step")
-    _say(
-        f"memory: {memory / 2**30:.1f} GiB (weights, gradients, AdamW, EMA {cost.state_bytes / 2**30:.1f}; activations)"
-    )
-    _say(f"time: {clock(seconds)} on one H200 at {UTILISATION:.0%} of its bf16 peak (assumed, not measured)")
-    return {
-        "parameters": cost.parameters,
-        "flops_per_step": step_flops,
-        "memory_bytes": memory,
-        "seconds": seconds,
-        "context": config.data.context,
-        "attention": config.attention.name,
-    }
-
-
-def _say(text: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, flush=True)
 
 
 def _quiet() -> None:
