@@ -121,6 +121,7 @@ class WandbConfig:
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
     offline: bool | None = None
+    checkpoints: bool = False
 
 
 @dataclass

@@ -11,6 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
+from sparse_tx.errors import UserError
+
 LAST, BEST = "last.ckpt", "best.ckpt"
 
 
@@ -23,6 +25,29 @@ class Deadline(Timer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+
+class Diverged(UserError):
+    """The loss is no number any more."""
+
+
+class Divergence(Callback):
+    """Ends a run whose loss is no number at two entries in a row: what comes after is lost time."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._lost = False
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every:
+            return
+        bits = float(trainer.callback_metrics["train/bits_per_dim"])
+        if not math.isfinite(bits) and self._lost:
+            raise Diverged(
+                f"the run diverged: its loss is {bits} at step {trainer.global_step}; use a smaller optimizer.lr, or "
+                "go on from an earlier checkpoint with resume=PATH"
+            )
+        self._lost = not math.isfinite(bits)
 
 
 class Trace(Callback):

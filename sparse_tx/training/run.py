@@ -21,18 +21,28 @@ from sparse_tx.training.callbacks import (
     BEST,
     LAST,
     Deadline,
+    Divergence,
     Trace,
     checkpoint_callbacks,
 )
 from sparse_tx.training.ema import EMA
-from sparse_tx.training.folders import find_resume, new_run_folder, write_config
-from sparse_tx.training.loggers import check_loggers, make_loggers
+from sparse_tx.training.folders import (
+    find_resume,
+    identity,
+    new_run_folder,
+    newest_checkpoint,
+    override,
+    write_config,
+    write_result,
+)
+from sparse_tx.training.loggers import check_loggers, close_loggers, log_checkpoint, make_loggers
 from sparse_tx.training.module import TrainingModule
 from sparse_tx.training.progress import Progress, display
 from sparse_tx.training.summary import batch_flops, conclude, describe, expect, say
 
 _NOTICES = (
     ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",  # a run that goes on in its own folder
     ".*Experiment logs directory .* exists and is not empty.*",
     ".*callbacks used to create the checkpoint need to be provided.*",  # those that save, whose settings may differ
     ".*your dataloader is not resumable.*",  # it starts at the step of the checkpoint
@@ -41,36 +51,61 @@ _NOTICES = (
 )
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
     """Train, or describe the run if `dry_run`. Returns val/bits_per_dim, checkpoint, steps and more.
 
-    Everything that can be wrong with the config, the checkpoint to resume and the data is found before the run's folder
-    is made.
+    folder: an existing one to run in, from its newest checkpoint if it has one; else the run makes its own. Everything
+    that can be wrong with the config, the checkpoint to resume and the data is found before that.
     """
     device, precision = _device_and_precision(config)
     cost = cost_of(config.model_spec(), half=precision != "32-true")
     describe(config, cost, device, precision)
     if config.dry_run:
         return expect(config, cost)
-    resume = find_resume(config)
-    if config.resume == "auto":
+    resume = find_resume(config) if folder is None else newest_checkpoint([folder], config)
+    if config.resume == "auto" or (folder is not None and resume is not None):
         say(f"resume: {resume}" if resume else "resume: no checkpoint of this config, starting fresh")
     check_loggers(config.logger)
     prepare(config.data.spec())
     datamodule = _datamodule(config)
-    folder = new_run_folder(config.output, config.name)
+    if folder is None:
+        folder = new_run_folder(config.output, config.name)
     write_config(folder, config)
     say(f"run: {folder}")
 
     _quiet()
     seed_everything(config.seed, workers=True, verbose=False)
     module = TrainingModule(config)
-    trainer, progress = _trainer(config, folder, precision, cost, make_loggers(config, folder))
-    trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
-    metrics = _finish(trainer, module, datamodule, folder)
-    if trainer.is_global_zero:
-        conclude(config, datamodule, metrics, progress)
+    loggers = _loggers(config, folder, resume, cost)
+    trainer, progress = _trainer(config, folder, precision, cost, loggers)
+    failed = True
+    try:
+        trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+        metrics = _finish(trainer, module, datamodule, folder)
+        if trainer.is_global_zero:
+            conclude(config, datamodule, metrics, progress)
+            write_result(folder, metrics)
+            log_checkpoint(loggers, metrics)
+        failed = False
+    except SystemExit:  # what Lightning makes of an interrupt from the keyboard or the system
+        last = folder / "checkpoints" / LAST
+        if last.is_file():
+            say(f"interrupted at step {trainer.global_step}: {override('resume', last)} goes on from there, exactly")
+        raise
+    finally:
+        close_loggers(loggers, failed=failed)
     return metrics
+
+
+def _loggers(config: TrainConfig, folder: Path, resume: Path | None, cost: Cost) -> list[Logger]:
+    start, run_id = 0, None
+    if resume is not None:
+        checkpoint = read_checkpoint(resume)
+        start = checkpoint.step
+        if identity(checkpoint.config) == identity(config.plain()):  # else it is another experiment from here on
+            run_id = checkpoint.contents["sparse_tx"].get("wandb_run")
+    facts = {"folder": str(folder), "parameters": cost.parameters, "flops_per_step": batch_flops(config, cost)}
+    return make_loggers(config, folder, facts=facts, start=start, run_id=run_id)
 
 
 def _datamodule(config: TrainConfig) -> DataModule:
@@ -103,7 +138,7 @@ def _trainer(
         half=precision != "32-true",
         deadline=deadline,
     )
-    callbacks: list[Callback] = [EMA(settings.ema_decay), progress]
+    callbacks: list[Callback] = [EMA(settings.ema_decay), progress, Divergence(progress.every)]
     if deadline is not None:
         callbacks.append(deadline)
     callbacks += checkpoint_callbacks(folder / "checkpoints", reporting.checkpoint_every or every, reporting.keep)
