@@ -20,7 +20,7 @@ from sparse_tx.errors import UserError
 
 RESULT = "result.json"
 _SHARED = "SPARSE_TX_RUN_FOLDER"  # tells the processes of a run which folder the first one made
-_MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output", "debug")
+_MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output", "debug", "sweep")
 
 
 def new_run_folder(output: str, name: str) -> Path:

@@ -84,7 +84,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
         metrics = _finish(trainer, module, datamodule, folder)
         if trainer.is_global_zero:
             conclude(config, datamodule, metrics, progress)
-            write_result(folder, metrics)
+            write_result(folder, {**metrics, "seconds": round(progress.seconds, 1)})
             log_checkpoint(loggers, metrics)
         failed = False
     except SystemExit:  # what Lightning makes of an interrupt from the keyboard or the system
