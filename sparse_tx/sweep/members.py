@@ -11,11 +11,13 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -30,7 +32,7 @@ DIVERGED, ELSEWHERE, SHOWN = "diverged", "running elsewhere", "described"
 FAILURE = "failure.json"
 # Overrides that change nothing of what is learnt, or that every member shares.
 _UNNAMED = re.compile(
-    r"\+*(debug|output|name|resume|dry_run|profile|logger|sweep|trainer\.(devices|max_time)|data\.root)\b"
+    r"\+*(debug|output|name|resume|dry_run|profile|logger|callbacks|sweep|trainer\.(devices|max_time)|data\.root)\b"
 )
 _LONGEST = 120
 
@@ -53,7 +55,8 @@ class Outcome:
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """What Hydra makes of a member's overrides; a mistake is one line."""
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+    begun = GlobalHydra.instance().is_initialized()
+    with nullcontext() if begun else hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:
             return hydra.compose(config_name, list(overrides))
         except (HydraException, OmegaConfBaseException) as error:

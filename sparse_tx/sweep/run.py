@@ -74,7 +74,7 @@ def _train_all(space: Sequence[Axis], config: SweepConfig, proposals: Proposals,
             rows[number] = overrides, outcome
             proposals.tell(number, outcome)
             _report(number, outcome)
-            if outcome.folder:
+            if any(told.folder for _, told in rows.values()):  # a command of mistakes alone leaves nothing behind
                 folder.mkdir(parents=True, exist_ok=True)
                 write_table(folder / "table.csv", space, [rows[n] for n in sorted(rows)])
     except (KeyboardInterrupt, SystemExit):

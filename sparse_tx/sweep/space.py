@@ -36,10 +36,9 @@ class Axis:
 
 def read_space(arguments: Iterable[str], params: Mapping[str, Any], configs: Path) -> list[Axis]:
     """The axes of a command line and of `sweep.params`, which give way to it. configs: for glob(*) over a group."""
-    given = [_axis(argument, configs) for argument in arguments]
-    named = {axis.key for axis in given}
-    listed = [_axis(f"{key}={value}", configs) for key, value in params.items() if key not in named]
-    return [*listed, *given]
+    given = {axis.key: axis for axis in (_axis(argument, configs) for argument in arguments)}  # the last one holds
+    listed = [_axis(f"{key}={value}", configs) for key, value in params.items() if key not in given]
+    return [*listed, *given.values()]
 
 
 def grid(space: Sequence[Axis]) -> list[tuple[str, ...]]:
@@ -60,8 +59,6 @@ def _axis(argument: str, configs: Path) -> Axis:
         raise UserError(f"{argument} cannot be parsed: {str(error).splitlines()[0]}") from None
     key = override.get_key_element()
     if not override.is_sweep_override():
-        if override.is_delete():
-            return Axis(key, (override.get_value_element_as_str(),))
         return Axis(key, (override.get_value_element_as_str(),))
     found = override.value()
     if isinstance(found, Glob):

@@ -68,6 +68,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
     check_loggers(config.logger)
     prepare(config.data.spec())
     datamodule = _datamodule(config)
+    alone = folder is None
     if folder is None:
         folder = new_run_folder(config.output, config.name)
     write_config(folder, config)
@@ -89,7 +90,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
         failed = False
     except SystemExit:  # what Lightning makes of an interrupt from the keyboard or the system
         last = folder / "checkpoints" / LAST
-        if last.is_file():
+        if last.is_file() and alone:
             say(f"interrupted at step {trainer.global_step}: {override('resume', last)} goes on from there, exactly")
         raise
     finally:
