@@ -304,6 +304,10 @@ def training(cfg: DictConfig) -> TrainConfig:
             raise UserError(f"{key}={value}: it must be above 0")
     if not 0 <= trainer.ema_decay < 1:
         raise UserError(f"trainer.ema_decay={trainer.ema_decay}: it must be at least 0 and below 1")
+    if config.profile and trainer.max_steps < 5:
+        raise UserError(
+            f"profile=true traces steps 3 to 5: trainer.max_steps={trainer.max_steps} ends before; use 5 or more"
+        )
     _min_context("evaluation.min_context", config.evaluation.min_context, data.context)
     return config
 

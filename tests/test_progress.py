@@ -82,6 +82,18 @@ def test_what_is_printed_while_the_bar_is_drawn_stays_whole(capsys):
     assert "wrote: samples.png\n" in console.file.getvalue()
 
 
+def test_scoring_the_last_weights_leaves_nothing_on_the_screen_but_shows_how_far_it_is():
+    console = screen(80)
+    bar = Bar(10, "bits/dim", console)
+    bar.start(10, training=False)
+    bar.scoring(3, 8)
+    bar._live.refresh()
+    assert "3/8" in console.file.getvalue()
+    assert "10/10" not in console.file.getvalue()
+    bar.stop()
+    assert console.file.getvalue().endswith("\x1b[2K")
+
+
 def test_a_run_without_a_terminal_prints_a_line_every_so_many_steps_and_no_control_codes(trained, capsys):
     trained("callbacks.log_every=2", "callbacks.validate_every=6")
     out = capsys.readouterr().out

@@ -56,6 +56,7 @@ class Trace(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._profiler: torch.profiler.profile | None = None
+        self._written = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -71,12 +72,15 @@ class Trace(Callback):
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
+            if not self._written:
+                print("trace: none, as this run ended before its fifth step", flush=True)
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         profiler.export_chrome_trace(str(self.folder / "trace.json"))
         (self.folder / "trace.txt").write_text(profiler.key_averages().table(sort_by=key, row_limit=40))
-        print(f"trace: {self.folder / 'trace.json'}", flush=True)
+        self._written = True
+        print(f"trace: {self.folder / 'trace.json'} (open it in ui.perfetto.dev)", flush=True)
 
 
 class LastCheckpoint(Callback):

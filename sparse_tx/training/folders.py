@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.distributed import TCPStore
 
 from sparse_tx.checkpoint import Checkpoint, read_checkpoint
 from sparse_tx.config import TrainConfig
@@ -24,9 +25,21 @@ _MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output", "debug", "swe
 
 
 def new_run_folder(output: str, name: str) -> Path:
-    """OUTPUT/NAME/DATE_TIME-XXXX, made by this call alone."""
-    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:
+    """OUTPUT/NAME/DATE_TIME-XXXX, made by this call alone, once for all the processes of a run."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun, whose processes share a store
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        key = f"{_SHARED}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if os.environ.get("RANK", "0") == "0":
+            store.set(key, str(_make_folder(output, name)))
+        return Path(store.get(key).decode())
+    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:  # started by the first process
         return Path(os.environ[_SHARED])
+    folder = _make_folder(output, name)
+    os.environ[_SHARED] = str(folder)
+    return folder
+
+
+def _make_folder(output: str, name: str) -> Path:
     parent = Path(output) / name
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +47,11 @@ def new_run_folder(output: str, name: str) -> Path:
             folder = parent / f"{datetime.now():%Y-%m-%d_%H%M%S}-{secrets.token_hex(2)}"
             try:
                 folder.mkdir()
-                break
+                return folder
             except FileExistsError:
                 continue
     except OSError as error:
         raise UserError(f"the run's folder cannot be made in {parent}: {error.strerror}; set output=FOLDER") from None
-    os.environ[_SHARED] = str(folder)
-    return folder
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

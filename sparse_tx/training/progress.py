@@ -35,9 +35,12 @@ class Entry:
 
 
 class Display(Protocol):
-    """Where progress is seen. Steps are counted from the start of the whole run, also after a resume."""
+    """Where progress is seen. Steps are counted from the start of the whole run, also after a resume.
 
-    def start(self, step: int) -> None: ...
+    training: whether steps are taken; else the last weights are scored.
+    """
+
+    def start(self, step: int, *, training: bool = True) -> None: ...
     def step(self, step: int) -> None: ...
     def entry(self, entry: Entry) -> None: ...
     def scoring(self, done: int, total: int) -> None: ...
@@ -51,7 +54,7 @@ class Lines:
     def __init__(self, max_steps: int, unit: str) -> None:
         self.max_steps, self.unit = max_steps, unit
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, *, training: bool = True) -> None:
         pass
 
     def step(self, step: int) -> None:
@@ -89,7 +92,7 @@ class Bar:
         self._entry: Entry | None = None
         self._bits: float | None = None
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, *, training: bool = True) -> None:
         if self._live is None:
             self._live = _TwoLines(
                 TextColumn("{task.description}"),
@@ -100,8 +103,11 @@ class Bar:
                 console=self._console,
                 refresh_per_second=4,
                 expand=True,
+                transient=not training,
             )
-            self._steps = self._live.add_task("training", total=self.max_steps, completed=step, left="")
+            self._steps = self._live.add_task(
+                "training", total=self.max_steps, completed=step, visible=training, left=""
+            )
             self._windows = self._live.add_task("validation", total=None, visible=False, left="")
             self._show()
             self._live.start()
@@ -250,7 +256,7 @@ class Progress(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = None
         if trainer.is_global_zero:
-            self.display.start(trainer.global_step)
+            self.display.start(trainer.global_step, training=trainer.state.fn == TrainerFn.FITTING)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
