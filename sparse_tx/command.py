@@ -45,6 +45,8 @@ def main(function: Callable[[DictConfig], Any], config_name: str) -> None:
             job()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if failed:
         print("failed: " + "; ".join(failed), file=sys.stderr)
         sys.exit(1)

@@ -30,17 +30,17 @@ def new_run_folder(output: str, name: str) -> Path:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         key = f"{_SHARED}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if os.environ.get("RANK", "0") == "0":
-            store.set(key, str(_make_folder(output, name)))
+            store.set(key, str(dated_folder(Path(output) / name)))
         return Path(store.get(key).decode())
     if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:  # started by the first process
         return Path(os.environ[_SHARED])
-    folder = _make_folder(output, name)
+    folder = dated_folder(Path(output) / name)
     os.environ[_SHARED] = str(folder)
     return folder
 
 
-def _make_folder(output: str, name: str) -> Path:
-    parent = Path(output) / name
+def dated_folder(parent: Path) -> Path:
+    """PARENT/DATE_TIME-XXXX, made by this call alone."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -51,7 +51,7 @@ def _make_folder(output: str, name: str) -> Path:
             except FileExistsError:
                 continue
     except OSError as error:
-        raise UserError(f"the run's folder cannot be made in {parent}: {error.strerror}; set output=FOLDER") from None
+        raise UserError(f"the folder cannot be made in {parent}: {error.strerror}; set output=FOLDER") from None
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

@@ -244,6 +244,11 @@ class Progress(Callback):
             left = self._left(now, step, elapsed / steps)
             self.display.entry(Entry(step, bits, rate, utilisation, learning_rate, left))
 
+    def leave_out(self, seconds: float) -> None:
+        """Seconds since the last entry that were not training."""
+        if self._mark is not None:
+            self._mark = self._mark[0] + seconds, self._mark[1]
+
     def _left(self, now: float, step: int, seconds_a_step: float) -> float:
         if self._first is None:
             self._first = now, step
