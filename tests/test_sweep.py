@@ -18,7 +18,7 @@ from sparse_tx.data.lock import taken
 from sparse_tx.sweep import members, run
 from sparse_tx.sweep.jobs import parameters
 from sparse_tx.sweep.members import Outcome, config_hash, member_folder, member_name, run_member
-from sparse_tx.sweep.search import Search
+from sparse_tx.sweep.search import Search, _distribution
 from sparse_tx.sweep.space import grid, read_space
 from sparse_tx.sweep.table import best, table
 from sparse_tx.training import callbacks
@@ -116,6 +116,7 @@ def test_every_sweep_config_makes_members_that_compose(compose, name):
 def test_a_sweep_that_cannot_be_is_refused_before_its_first_member(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         run.sweep(lambda cfg: None, "train", arguments)
+    assert not Path("outputs").exists()
 
 
 def test_a_sweep_started_again_skips_what_is_finished_tries_what_failed_and_keeps_the_table(capfd):
@@ -238,6 +239,23 @@ def test_a_search_may_be_made_longer_and_knows_its_earlier_trials(tmp_path):
     assert [o for _, o, _ in known] == short + longer
 
 
+@pytest.mark.parametrize(
+    ("argument", "kind", "low", "high", "step", "log"),
+    [
+        ("attention.c=range(4,17,4)", "IntDistribution", 4, 16, 4, False),
+        ("model.layers=int(interval(2,8))", "IntDistribution", 2, 8, 1, False),
+        ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "FloatDistribution", 1e-4, 1e-2, None, True),
+        ("model.dropout=range(0.1,0.35,0.1)", "FloatDistribution", 0.1, 0.3, 0.1, False),
+    ],
+)
+def test_intervals_and_ranges_are_searched_as_numbers(argument, kind, low, high, step, log):
+    pytest.importorskip("optuna")
+    (axis,) = space(argument)
+    found = _distribution(axis)
+    assert (type(found).__name__, found.step, found.log) == (kind, pytest.approx(step), log)
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
 def test_trials_that_fail_or_diverge_do_not_end_a_search(tmp_path):
     pytest.importorskip("optuna")
     search = Search(space("seed=1,2,3,4"), tmp_path, trials=4, sampler="random", seed=1)
@@ -284,3 +302,16 @@ def test_a_sweeps_values_without_m_are_refused():
     result = subprocess.run(command("sweep=lr"), capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "error: sweep= varies optimizer.lr: add -m to the command\n"
+
+
+def test_evaluate_and_sample_sweep_too_and_one_that_fails_does_not_end_it(capfd):
+    seen = []
+
+    def evaluate(cfg):
+        seen.append(cfg.checkpoint)
+        if cfg.checkpoint == "b":
+            raise UserError("b is damaged")
+
+    assert run.sweep(evaluate, "evaluate", ["checkpoint=a,b,c", "split=test"]) == ["checkpoint=b split=test"]
+    assert seen == ["a", "b", "c"]
+    assert "error: b is damaged" in capfd.readouterr().err

@@ -47,10 +47,6 @@ def sweep_name(space: Sequence[Axis]) -> str:
 def _proposals(space: Sequence[Axis], config: SweepConfig, folder: Path, seed: int) -> Proposals:
     if config.trials is None:
         return Grid(space)
-    from sparse_tx.sweep.search import require_optuna
-
-    require_optuna()
-    folder.mkdir(parents=True, exist_ok=True)
     return Search(space, folder, trials=config.trials, sampler=config.sampler, seed=seed)
 
 
@@ -58,6 +54,7 @@ def _train_all(space: Sequence[Axis], config: SweepConfig, proposals: Proposals,
     submit = launcher(config, folder)
     limit = 1 if config.launcher == "here" else config.parallel
     rows: dict[int, Row] = {number: (overrides, outcome) for number, overrides, outcome in proposals.known()}
+    failed: list[str] = []  # in this start
     running: list[tuple[int, tuple[str, ...], Job]] = []
     source = iter(proposals)
     total = len(proposals.members) if isinstance(proposals, Grid) else config.trials
@@ -73,6 +70,7 @@ def _train_all(space: Sequence[Axis], config: SweepConfig, proposals: Proposals,
             outcome = job.result()
             rows[number] = overrides, outcome
             proposals.tell(number, outcome)
+            failed += [" ".join(overrides)] if outcome.failed else []
             _report(number, outcome)
             if any(told.folder for _, told in rows.values()):  # a command of mistakes alone leaves nothing behind
                 folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +83,7 @@ def _train_all(space: Sequence[Axis], config: SweepConfig, proposals: Proposals,
     finally:
         if rows:
             _conclude(space, [rows[n] for n in sorted(rows)], folder)
-    return [" ".join(overrides) for overrides, outcome in rows.values() if outcome.failed]
+    return failed
 
 
 def _report(number: int, outcome: Outcome) -> None:

@@ -47,7 +47,8 @@ class Search:
     """
 
     def __init__(self, space: Sequence[Axis], folder: Path, *, trials: int, sampler: str, seed: int) -> None:
-        require_optuna()
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError("sweep.trials needs the package optuna: pip install 'sparse-tx[sweep]'")
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -57,6 +58,7 @@ class Search:
         self.distributions = {axis.key: _distribution(axis) for axis in space if not axis.fixed}
         if not self.distributions:
             raise UserError("sweep.trials searches what several values or an interval are given for: nothing is")
+        folder.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(folder / "optuna.log")))
         self.study = optuna.create_study(
             storage=storage, study_name="sweep", direction="minimize", load_if_exists=True, sampler=self._sampler(0)
@@ -108,11 +110,6 @@ class Search:
         return kind(seed=seed)
 
 
-def require_optuna() -> None:
-    if importlib.util.find_spec("optuna") is None:
-        raise UserError("sweep.trials needs the package optuna: pip install 'sparse-tx[sweep]'")
-
-
 def _distribution(axis: Axis) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -123,11 +120,10 @@ def _distribution(axis: Axis) -> Any:
         raise UserError(f"{axis.key}: an interval from {low} to {high} holds nothing: give the smaller end first")
     if axis.log and low <= 0:
         raise UserError(f"{axis.key}: a logarithmic interval starts above 0, not at {low}")
-    whole = all(isinstance(n, int) or (axis.step is not None and float(n).is_integer()) for n in (low, high))
+    if all(float(n).is_integer() for n in (low, high, axis.step or 1)) and (axis.step or isinstance(low, int)):
+        return IntDistribution(int(low), int(high), log=axis.log, step=int(axis.step or 1))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a range whose end is not on a step is one of ours, whose end is
-        if whole and (axis.step is None or float(axis.step).is_integer()):
-            return IntDistribution(int(low), int(high), log=axis.log, step=int(axis.step or 1))
+        warnings.simplefilter("ignore")  # 0.1 + 2 x 0.1 is not 0.3, which Optuna warns of before it rounds
         return FloatDistribution(low, high, log=axis.log, step=axis.step)
 
 

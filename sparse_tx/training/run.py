@@ -178,7 +178,9 @@ def _finish(trainer: Trainer, module: TrainingModule, datamodule: DataModule, fo
     score = getattr(best, "best_model_score", None)
     if score is not None and float(score) < last:
         path = folder / "checkpoints" / BEST
-        result |= {"val/bits_per_dim": float(score), "checkpoint": str(path), "best_step": read_checkpoint(path).step}
+        result |= {"val/bits_per_dim": float(score), "checkpoint": str(path)}
+        if trainer.is_global_zero:  # another node may not see the file
+            result["best_step"] = read_checkpoint(path).step
     return result
 
 
