@@ -161,8 +161,12 @@ def test_a_member_that_another_process_runs_is_left_to_it(compose):
     folder.mkdir(parents=True)
     with taken(folder / "lock") as mine:
         assert mine
-        assert run_member(overrides).status == "running elsewhere"
-    assert run_member(overrides).status == "finished"
+        left = run_member(overrides)
+        assert left.status == members.seen_again(left).status == "running elsewhere"
+    done = run_member(overrides)
+    assert done.status == "finished"
+    again = members.seen_again(left)
+    assert (again.status, again.bits, again.folder) == ("finished earlier", done.bits, done.folder)
 
 
 def test_a_sweep_cut_off_goes_on_in_the_middle_of_its_member_and_ends_with_the_same_numbers(monkeypatch, capfd):

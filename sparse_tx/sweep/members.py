@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,14 @@ def _train_in(folder: Path, config: TrainConfig, unit: str) -> Outcome:
         result = train(config, folder)
         status = FINISHED if result["steps"] >= config.trainer.max_steps else STOPPED
         return Outcome(status, result["val/bits_per_dim"], time.perf_counter() - started, str(folder), "", unit)
+
+
+def seen_again(outcome: Outcome) -> Outcome:
+    """What another process has made of a member since."""
+    result = read_result(Path(outcome.folder)) if outcome.status == ELSEWHERE else None
+    if result is None:
+        return outcome
+    return replace(outcome, status=EARLIER, bits=result["val/bits_per_dim"], seconds=result.get("seconds", 0.0))
 
 
 def earlier(overrides: Sequence[str], bits: float | None, seconds: float) -> Outcome:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from sparse_tx.config import SweepConfig, config_folder, sweeping
 from sparse_tx.errors import UserError
 from sparse_tx.sweep.jobs import Job, first_done, launcher
-from sparse_tx.sweep.members import Outcome, compose, member_name
+from sparse_tx.sweep.members import Outcome, compose, member_name, seen_again
 from sparse_tx.sweep.search import Grid, Proposals, Search
 from sparse_tx.sweep.space import Axis, grid, read_space
 from sparse_tx.sweep.table import Row, best, next_command, table, write_table
@@ -82,7 +82,7 @@ def _train_all(space: Sequence[Axis], config: SweepConfig, proposals: Proposals,
         raise
     finally:
         if rows:
-            _conclude(space, [rows[n] for n in sorted(rows)], folder)
+            _conclude(space, [(rows[n][0], seen_again(rows[n][1])) for n in sorted(rows)], folder)
     return failed
 
 
@@ -95,6 +95,7 @@ def _conclude(space: Sequence[Axis], rows: Sequence[Row], folder: Path) -> None:
     for line in table(space, rows):
         print(line)
     if (folder / "table.csv").is_file():
+        write_table(folder / "table.csv", space, rows)
         print(f"table: {folder / 'table.csv'}")
     chosen = best(rows)
     if chosen is not None:
