@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sparse_tx.config import EvaluateConfig, SampleConfig, TrainConfig, config_folder
@@ -31,31 +28,32 @@ def main(function: Callable[[DictConfig], Any], config_name: str) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)
     def job(cfg: DictConfig) -> None:
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        name = " ".join(HydraConfig.get().overrides.task)
         try:
-            if sweep:
-                print(f"run {HydraConfig.get().job.num}: {name}", flush=True)
-                _refuse_several_devices(cfg)
+            if cfg.get("sweep", {}).get("params"):
+                raise UserError(f"sweep= varies {', '.join(cfg.sweep.params)}: add -m to the command")
             function(cfg)
-        except UserError as error:
-            failed.append(name)
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        except Exception:
-            if not sweep:
-                raise
-            failed.append(name)
-            traceback.print_exc()
+        except UserError as error:  # Hydra would print where it came from
+            sys.exit(f"error: {error}")
 
     try:
         sys.argv[1:] = _checked(sys.argv[1:], SCHEMAS[config_name], failed)
-        job()
+        if _is_sweep(sys.argv[1:]):
+            from sparse_tx.sweep.run import sweep
+
+            failed += sweep(function, config_name, [a for a in sys.argv[1:] if a not in ("-m", "--multirun")])
+        else:
+            job()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if failed:
-        if len(failed) > 1 or failed[0] != " ".join(a for a in sys.argv[1:] if not a.startswith("-")):
-            print("failed: " + "; ".join(failed), file=sys.stderr)
+        print("failed: " + "; ".join(failed), file=sys.stderr)
         sys.exit(1)
+
+
+def _is_sweep(arguments: list[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(arguments))
 
 
 def _checked(arguments: list[str], schema: type, failed: list[str]) -> list[str]:
@@ -63,7 +61,7 @@ def _checked(arguments: list[str], schema: type, failed: list[str]) -> list[str]
 
     A member of a sweep that names an option which does not exist is taken out and counted as failed.
     """
-    sweep = bool({"-m", "--multirun"} & set(arguments))
+    sweep = _is_sweep(arguments)
     parser = OverridesParser.create()
     checked = []
     for argument in arguments:
@@ -87,6 +85,8 @@ def _checked(arguments: list[str], schema: type, failed: list[str]) -> list[str]
 
 
 def _known_options(group: str, value: str, sweep: bool, failed: list[str]) -> str:
+    if sweep and "(" in value:
+        return value  # glob(*), choice(a,b): read with the rest of the sweep
     known = sorted(p.stem for p in (config_folder() / group).glob("*.yaml"))
     named = [option.strip() for option in value.strip("[]").split(",")]
     for option in named:
@@ -99,12 +99,3 @@ def _known_options(group: str, value: str, sweep: bool, failed: list[str]) -> st
         failed.append(f"{group}={option}")
         value = ",".join(o for o in value.split(",") if o.strip() != option)
     return value
-
-
-def _refuse_several_devices(cfg: DictConfig) -> None:
-    devices = str(cfg.get("trainer", {}).get("devices", 1))
-    if devices not in ("1", "auto") or cfg.get("trainer", {}).get("strategy") == "ddp":
-        raise UserError(
-            f"a sweep (-m) with trainer.devices={devices} would start itself once more on each device: start one "
-            "command a member, without -m, or keep trainer.devices=1"
-        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from sparse_tx.attention.heads import KINDS
 from sparse_tx.data.spec import DataSpec
@@ -123,6 +123,7 @@ class WandbConfig:
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
     offline: bool | None = None
+    checkpoints: bool = False
 
 
 @dataclass
@@ -152,6 +153,26 @@ class ScoringConfig:
 
 
 @dataclass
+class SlurmConfig:
+    partition: str | None = None
+    account: str | None = None
+    timeout_min: int = 1440
+    gpus: int = 1
+    cpus: int = 8
+    mem_gb: int | None = None
+
+
+@dataclass
+class SweepConfig:
+    params: dict[str, Any] = field(default_factory=dict)
+    trials: int | None = None
+    sampler: str = "tpe"
+    launcher: str = "here"
+    parallel: int = 1
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
+@dataclass
 class TrainConfig:
     """Everything that a training run is made of."""
 
@@ -163,6 +184,7 @@ class TrainConfig:
     logger: LoggerConfig | None = None
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     evaluation: ScoringConfig = field(default_factory=ScoringConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: int = 1
     name: str = MISSING
     output: str = "outputs"
@@ -181,6 +203,13 @@ class TrainConfig:
     def plain(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""
         return dataclasses.asdict(self)
+
+
+@dataclass
+class SweepOnly:
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    output: str = "outputs"
+    seed: int = 1
 
 
 @dataclass
@@ -277,8 +306,30 @@ def training(cfg: DictConfig) -> TrainConfig:
             raise UserError(f"{key}={value}: it must be above 0")
     if not 0 <= trainer.ema_decay < 1:
         raise UserError(f"trainer.ema_decay={trainer.ema_decay}: it must be at least 0 and below 1")
+    if config.profile and trainer.max_steps < 5:
+        raise UserError(
+            f"profile=true traces steps 3 to 5: trainer.max_steps={trainer.max_steps} ends before; use 5 or more"
+        )
     _min_context("evaluation.min_context", config.evaluation.min_context, data.context)
     return config
+
+
+def sweeping(cfg: DictConfig) -> tuple[SweepConfig, str, int]:
+    """Of a composed `train` config, which need not be whole: how to sweep, where to, and by which seed."""
+    given = OmegaConf.create({"sweep": cfg.sweep, "output": cfg.output, "seed": cfg.seed})
+    config = typed(given, SweepOnly)
+    _at_least(
+        {
+            "sweep.trials": (config.sweep.trials, 1),
+            "sweep.parallel": (config.sweep.parallel, 1),
+            "sweep.slurm.timeout_min": (config.sweep.slurm.timeout_min, 1),
+            "sweep.slurm.gpus": (config.sweep.slurm.gpus, 0),
+            "sweep.slurm.cpus": (config.sweep.slurm.cpus, 1),
+        }
+    )
+    _one_of("sweep.sampler", config.sweep.sampler, ("tpe", "random"))
+    _one_of("sweep.launcher", config.sweep.launcher, ("here", "local", "slurm"))
+    return config.sweep, config.output, config.seed
 
 
 def evaluating(cfg: DictConfig) -> EvaluateConfig:

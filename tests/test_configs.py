@@ -128,6 +128,7 @@ def test_steps_of_the_papers_epochs():
         (["model.dropout=1"], "model.dropout=1.0"),
         (["model.recompute=all"], "use one of none, attention, block"),
         (["trainer.ema_decay=1"], "trainer.ema_decay=1.0"),
+        (["profile=true", "trainer.max_steps=4"], "profile=true traces steps 3 to 5: trainer.max_steps=4"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_in_one_line(compose, overrides, message):

@@ -33,3 +33,18 @@ def _lock(file, what: str) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def taken(path: Path) -> Iterator[bool]:
+    """Yields at once whether this process has `path` for itself while the block runs, or another one has it."""
+    with path.open("a") as file:
+        mine = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                mine = False
+            except OSError:
+                pass  # no locks on this file system
+        yield mine

@@ -2,46 +2,67 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import shlex
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.distributed import TCPStore
 
 from sparse_tx.checkpoint import Checkpoint, read_checkpoint
 from sparse_tx.config import TrainConfig
 from sparse_tx.errors import UserError
 
+RESULT = "result.json"
 _SHARED = "SPARSE_TX_RUN_FOLDER"  # tells the processes of a run which folder the first one made
-_MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output", "debug")
+_MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output", "debug", "sweep")
 
 
 def new_run_folder(output: str, name: str) -> Path:
-    """OUTPUT/NAME/DATE_TIME-XXXX, made by this call alone."""
-    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:
+    """OUTPUT/NAME/DATE_TIME-XXXX, made by this call alone, once for all the processes of a run."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun, whose processes share a store
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        key = f"{_SHARED}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        if os.environ.get("RANK", "0") == "0":
+            store.set(key, str(dated_folder(Path(output) / name)))
+        return Path(store.get(key).decode())
+    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:  # started by the first process
         return Path(os.environ[_SHARED])
-    parent = Path(output) / name
+    folder = dated_folder(Path(output) / name)
+    os.environ[_SHARED] = str(folder)
+    return folder
+
+
+def dated_folder(parent: Path) -> Path:
+    """PARENT/DATE_TIME-XXXX, made by this call alone."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             folder = parent / f"{datetime.now():%Y-%m-%d_%H%M%S}-{secrets.token_hex(2)}"
             try:
                 folder.mkdir()
-                break
+                return folder
             except FileExistsError:
                 continue
     except OSError as error:
-        raise UserError(f"the run's folder cannot be made in {parent}: {error.strerror}; set output=FOLDER") from None
-    os.environ[_SHARED] = str(folder)
-    return folder
+        raise UserError(f"the folder cannot be made in {parent}: {error.strerror}; set output=FOLDER") from None
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """result.json, whole or not at all: it says that the run has come to its end."""
+    written = folder / ".result.json"
+    written.write_text(json.dumps(result, indent=2) + "\n")
+    written.replace(folder / RESULT)
 
 
 def find_resume(config: TrainConfig) -> Path | None:
@@ -56,20 +77,25 @@ def find_resume(config: TrainConfig) -> Path | None:
                 "config as the run that wrote it"
             )
         return checkpoint.path
-    wanted = _identity(config.plain())
-    files = Path(config.output).glob("*/*/checkpoints/*.ckpt")
+    return newest_checkpoint(Path(config.output).glob("*/*"), config)
+
+
+def newest_checkpoint(folders: Iterable[Path], config: TrainConfig) -> Path | None:
+    """The newest good checkpoint of this config in the folders of runs."""
+    wanted = identity(config.plain())
+    files = [path for folder in folders for path in folder.glob("checkpoints/*.ckpt")]
     for path in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             written = yaml.safe_load((path.parent.parent / "config.yaml").read_text())
-            if _identity(written) == wanted and _identity(read_checkpoint(path).config) == wanted:
+            if identity(written) == wanted and identity(read_checkpoint(path).config) == wanted:
                 return path
         except (OSError, yaml.YAMLError, UserError, AttributeError, TypeError, KeyError):
             continue  # unreadable or foreign: the next newest
     return None
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What must agree for a run to go on: all but where it logs, on how many devices and for how long."""
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a plain config must agree for a run to go on: all but where it logs, its devices and its time."""
     kept = {k: v for k, v in config.items() if k not in _MAY_DIFFER}
     kept["trainer"] = {k: v for k, v in config["trainer"].items() if k not in ("devices", "max_time")}
     return kept

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from sparse_tx.config import TrainConfig
 from sparse_tx.evaluation.bits import Score
 from sparse_tx.model import Transformer
+from sparse_tx.training.loggers import run_id_of
 from sparse_tx.training.optimizer import build_optimizer, build_schedule, clip_gradients
 
 CHECKPOINT_FORMAT = 1
@@ -95,4 +96,5 @@ class TrainingModule(LightningModule):
             "data": self.trainer.datamodule.prepared.title,  # type: ignore[attr-defined]
             "model": self.config.model_spec().plain(),
             "config": self.config.plain(),
+            "wandb_run": run_id_of(self.trainer.loggers),
         }
