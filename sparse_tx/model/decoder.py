@@ -1,0 +1,161 @@
+"""A trained model one position at a time: only the keys that the patterns still need are kept (section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+
+from sparse_tx.attention import packed_attention
+from sparse_tx.attention.cache import cached_rows
+from sparse_tx.attention.decode import SlicedReads, StaticReads, Store
+from sparse_tx.model.block import ResidualBlock
+from sparse_tx.model.spec import ModelSpec
+from sparse_tx.model.transformer import Transformer
+
+_LOGITS = 4096  # positions of a prompt whose logits are made at a time
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A residual block's weights: matrices in the dtype of the products, norms in float32 as under autocast."""
+
+    attention_norm: nn.LayerNorm
+    qkv: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+    ff_norm: nn.LayerNorm
+    expand: tuple[Tensor, Tensor]
+    contract: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, block: ResidualBlock, dtype: torch.dtype) -> LayerWeights:
+        def cast(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+            return layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+
+        attention, ff = block.attention, block.ff
+        return cls(
+            block.attention_norm,
+            cast(attention.qkv),
+            cast(attention.out),
+            block.ff_norm,
+            cast(ff.expand),
+            cast(ff.contract),
+        )
+
+
+def layer_step(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """A residual block in eval mode around any way to attend. h: (..., C), the residual stream.
+
+    attend: projections (..., 2 qk + C) -> (..., C). This one function is a layer of a sampling step: what would fuse it
+    takes its place.
+    """
+    x = _norm(h, w.attention_norm).to(w.qkv[0].dtype)
+    h = h + linear(attend(linear(x, *w.qkv)), *w.out)
+    x = linear(_norm(h, w.ff_norm).to(w.expand[0].dtype), *w.expand)
+    return h + linear(x * torch.sigmoid(1.702 * x), *w.contract)
+
+
+def _norm(h: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def cache_bytes(spec: ModelSpec, length: int, dtype: torch.dtype) -> int:
+    """Bytes that the keys and values of one sample of `length` positions take."""
+    width = (spec.qk + spec.width) // spec.heads
+    rows = {p: cached_rows(p, length) for layer in spec.patterns() for p in dict.fromkeys(layer)}
+    return sum(rows[p] for layer in spec.patterns() for p in layer) * width * dtype.itemsize
+
+
+class Decoder:
+    """Logits of `batch` sequences, one position after the other.
+
+    dtype: of the products and of the cache; None for the model's own. static: fixed shapes and positions as tensors
+    alone, for CUDA graphs; False reads exactly the live slots; None takes what suits the device.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch: int,
+        length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        static: bool | None = None,
+    ) -> None:
+        spec = model.spec
+        length = spec.context if length is None else length
+        if not 1 <= length <= spec.context:
+            raise ValueError(f"length={length}: this model has a context of {spec.context} positions; use at most that")
+        self.model, self.spec, self.length, self.batch = model, spec, length, batch
+        self.device = model.output.weight.device
+        self.dtype = dtype or model.output.weight.dtype
+        self.static = self.device.type != "cpu" if static is None else static
+        self.weights = [LayerWeights.of(block, self.dtype) for block in model.blocks]  # type: ignore[arg-type]
+        self.output = model.output.weight.detach().to(self.dtype)
+        self.patterns = spec.patterns()
+        widths = spec.qk // spec.heads, spec.width // spec.heads
+        self.stores = [Store(p, length, batch, *widths, self.dtype, self.device) for p in self.patterns]
+        self._sliced = SlicedReads(length)
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys and values kept."""
+        return sum(store.bytes for store in self.stores)
+
+    def prefill(self, prompts: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Keep the keys of a prompt by one forward pass. prompts: (U, P); rows: (B,) which of them each row has.
+
+        Returns (U, P) float32 nats of each byte of the prompts under the model. Row b of the batch goes on from
+        prompts[rows[b]], or from prompts[b] if rows is None.
+        """
+        U, P = prompts.shape
+        if not 1 <= P <= self.length:
+            raise ValueError(f"a prompt of {P} positions does not fit a length of {self.length}")
+        rows = torch.arange(U, device=self.device) if rows is None else rows
+        if len(rows) != self.batch:
+            raise ValueError(f"rows names a prompt for {len(rows)} rows: this decoder has a batch of {self.batch}")
+        h = self.model.embedding(prompts)  # (U, P, C)
+        for w, store, patterns in zip(self.weights, self.stores, self.patterns, strict=True):
+            h = layer_step(h, w, lambda qkv, store=store, patterns=patterns: self._fill(qkv, store, patterns, rows))
+        nats = []
+        for start in range(0, P, _LOGITS):
+            part = slice(start, start + _LOGITS)
+            logits = self._logits(h[:, part])
+            nats.append(torch.nn.functional.cross_entropy(logits.mT, prompts[:, part].long(), reduction="none"))
+        return torch.cat(nats, 1)
+
+    def step(self, previous: Tensor, position: Tensor, at: int | None = None) -> Tensor:
+        """The logits (B, V) float32 at one position, whose keys are kept from then on.
+
+        previous: (B,) the bytes before it; position: (1,) int64 on the device. at: the same position as a number, which
+        a decoder that is not static needs.
+        """
+        reads: StaticReads | SlicedReads
+        if self.static:
+            reads = StaticReads(position)
+        else:
+            if at is None:
+                raise ValueError("a decoder that is not static needs the position as a number too")
+            self._sliced.position = at
+            reads = self._sliced
+        h = self.model.embedding.at(previous, position)  # (B, C)
+        for w, store in zip(self.weights, self.stores, strict=True):
+            h = layer_step(h, w, lambda qkv, store=store: store.attend(*self._split(qkv), reads).flatten(-2))
+        return self._logits(h)
+
+    def _fill(self, qkv: Tensor, store: Store, patterns, rows: Tensor) -> Tensor:
+        _, k, v = self._split(qkv)
+        store.fill(k, v, rows)
+        out = packed_attention(qkv, self.spec.heads, self.spec.qk, patterns, backend=self.spec.attention.backend)
+        return out.flatten(-2)
+
+    def _split(self, qkv: Tensor) -> list[Tensor]:
+        """(..., 2 qk + C) -> q, k (..., H, Dqk), v (..., H, Dv)."""
+        parts = qkv.split((self.spec.qk, self.spec.qk, self.spec.width), -1)
+        return [t.unflatten(-1, (self.spec.heads, -1)) for t in parts]
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return linear(_norm(h, self.model.norm).to(self.dtype), self.output).float()
