@@ -167,7 +167,8 @@ class Store:
         for kept in self.kept:
             heads = kept.heads
             assert heads is not None
-            out.index_copy_(1, heads, self._attend(kept, *(t.index_select(1, heads) for t in (q, k, v)), reads))
+            own = [t.index_select(1, heads) for t in (q, k, v)]
+            out.index_copy_(1, heads, self._attend(kept, own[0], own[1], own[2], reads))
         return out
 
     def _attend(self, kept: _Kept, q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:

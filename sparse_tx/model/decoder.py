@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
-from sparse_tx.attention import packed_attention
+from sparse_tx.attention import Pattern, packed_attention
 from sparse_tx.attention.cache import cached_rows
 from sparse_tx.attention.decode import SlicedReads, StaticReads, Store
 from sparse_tx.model.block import ResidualBlock
@@ -119,7 +120,7 @@ class Decoder:
             raise ValueError(f"rows names a prompt for {len(rows)} rows: this decoder has a batch of {self.batch}")
         h = self.model.embedding(prompts)  # (U, P, C)
         for w, store, patterns in zip(self.weights, self.stores, self.patterns, strict=True):
-            h = layer_step(h, w, lambda qkv, store=store, patterns=patterns: self._fill(qkv, store, patterns, rows))
+            h = layer_step(h, w, partial(self._fill, store, patterns, rows))
         nats = []
         for start in range(0, P, _LOGITS):
             part = slice(start, start + _LOGITS)
@@ -143,10 +144,14 @@ class Decoder:
             reads = self._sliced
         h = self.model.embedding.at(previous, position)  # (B, C)
         for w, store in zip(self.weights, self.stores, strict=True):
-            h = layer_step(h, w, lambda qkv, store=store: store.attend(*self._split(qkv), reads).flatten(-2))
+            h = layer_step(h, w, partial(self._attend, store, reads))
         return self._logits(h)
 
-    def _fill(self, qkv: Tensor, store: Store, patterns, rows: Tensor) -> Tensor:
+    def _attend(self, store: Store, reads: StaticReads | SlicedReads, qkv: Tensor) -> Tensor:
+        q, k, v = self._split(qkv)
+        return store.attend(q, k, v, reads).flatten(-2)
+
+    def _fill(self, store: Store, patterns: tuple[Pattern, ...], rows: Tensor, qkv: Tensor) -> Tensor:
         _, k, v = self._split(qkv)
         store.fill(k, v, rows)
         out = packed_attention(qkv, self.spec.heads, self.spec.qk, patterns, backend=self.spec.attention.backend)
