@@ -10,7 +10,7 @@ from PIL import Image
 from sparse_tx import UserError, load
 from sparse_tx.model.counter import uniform
 from sparse_tx.sampling.sampler import draw, generate
-from sparse_tx.sampling.writers import expand_mu_law, image_of
+from sparse_tx.sampling.writers import image_of
 
 
 @pytest.fixture
@@ -116,14 +116,6 @@ def test_audio_is_written_as_wav_at_12_khz(trained, sample):
             2,
             32,
         )
-
-
-def test_mu_law_expands_to_the_whole_range_around_silence():
-    samples = expand_mu_law(np.array([0, 127, 128, 255], np.uint8))
-    assert samples[0] == -32767
-    assert samples[3] == 32767
-    assert samples[1] == -samples[2]
-    assert abs(int(samples[1])) < 10
 
 
 @pytest.mark.parametrize(

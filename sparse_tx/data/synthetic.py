@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_tx.data.mu_law import RATE, encode_mu_law
 from sparse_tx.data.spec import DataSpec
 
 WINDOWS = {"train": 48, "validation": 24, "test": 24}
@@ -52,11 +53,9 @@ def _text(rng: np.random.Generator, windows: int, context: int) -> np.ndarray:
 
 
 def _audio(rng: np.random.Generator, windows: int, context: int) -> np.ndarray:
-    """Three sines and some noise, 8-bit mu-law at 12 kHz."""
-    time = np.arange(windows * context, dtype=np.float32) / 12_000
+    """Three sines and some noise, 8-bit mu-law."""
+    time = np.arange(windows * context, dtype=np.float32) / RATE
     wave = rng.normal(0, 0.01, len(time)).astype(np.float32)
     for pitch in rng.choice([220.0, 277.2, 329.6, 440.0, 554.4], 3, replace=False):
         wave += 0.25 * np.sin(2 * np.pi * pitch * time, dtype=np.float32)
-    mu = 255.0
-    coded = np.sign(wave) * np.log1p(mu * np.minimum(np.abs(wave), 1)) / np.log1p(mu)
-    return np.round((coded + 1) / 2 * mu).astype(np.uint8)
+    return encode_mu_law(wave)

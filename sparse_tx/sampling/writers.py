@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-AUDIO_RATE = 12_000  # Hz, of all audio here
+from sparse_tx.data.mu_law import RATE, expand_mu_law
+
 FORMATS = {"image": ("png", "npy"), "text": ("txt", "bin"), "audio": ("wav", "npy")}
 
 
@@ -55,15 +56,9 @@ def grid(images: list[np.ndarray], gap: int = 2) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def expand_mu_law(codes: np.ndarray) -> np.ndarray:
-    """8-bit mu-law codes (0 to 255, silence in the middle) -> int16 samples (G.711's curve, mu = 255)."""
-    x = codes.astype(np.float64) / 127.5 - 1
-    return (np.sign(x) * np.expm1(np.abs(x) * np.log(256)) / 255 * 32767).round().astype(np.int16)
-
-
 def write_wav(path: Path, codes: np.ndarray) -> None:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
-        file.setframerate(AUDIO_RATE)
+        file.setframerate(RATE)
         file.writeframes(expand_mu_law(codes).tobytes())
