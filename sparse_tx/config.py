@@ -210,16 +210,18 @@ class EvaluateConfig:
 class SampleConfig:
     checkpoint: str = MISSING
     count: int = 16
-    batch_size: int | None = None
+    batch_size: str = "auto"
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 1
     length: int | None = None
     prompt: str | None = None
+    prompt_length: int | None = None
     format: str | None = None
     weights: str = "ema"
     device: str = "auto"
+    precision: str = "auto"
     output: str | None = None
     debug: str | None = None
 
@@ -296,12 +298,15 @@ def sampling(cfg: DictConfig) -> SampleConfig:
     _at_least(
         {
             "count": (config.count, 1),
-            "batch_size": (config.batch_size, 1),
             "temperature": (config.temperature, 0),
             "top_k": (config.top_k, 1),
             "length": (config.length, 1),
+            "prompt_length": (config.prompt_length, 1),
         }
     )
+    if config.batch_size != "auto" and not (config.batch_size.isdigit() and int(config.batch_size) >= 1):
+        raise UserError(f"batch_size={config.batch_size}: give a number of at least 1, or auto for what fits")
+    config.precision = _precision("precision", config.precision)
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p}: it is a share of the probability, above 0 and at most 1")
     return config

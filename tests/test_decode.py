@@ -21,7 +21,7 @@ def stepwise(q, k, v, patterns, n, start, static):
     B, S, _, _ = q.shape
     store = Store(patterns, n, B, q.shape[-1], v.shape[-1], q.dtype, q.device)
     if start:
-        store.fill(k[:, :start], v[:, :start], torch.arange(B))
+        store.fill(k[:, :start], v[:, :start], torch.arange(B), torch.arange(B))
     sliced, outs = SlicedReads(n), []
     for i in range(start, S):
         sliced.position = i

@@ -49,7 +49,7 @@ def test_cached_logits_equal_the_forward_pass(name, static):
         for P in prompts:
             decoder = Decoder(model, 2, length, static=static)
             if P:
-                nats = decoder.prefill(tokens[:, :P])
+                nats = decoder.prefill(tokens[:, :P], torch.arange(2))
                 expected = cross_entropy(whole[:, :P].mT, tokens[:, :P], reduction="none")
                 torch.testing.assert_close(nats, expected, rtol=0, atol=1e-4)
             torch.testing.assert_close(steps(decoder, tokens[:, :length], P), whole[:, P:length], rtol=0, atol=1e-4)
@@ -95,6 +95,6 @@ def test_lengths_and_prompts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="length=37: this model has a context of 36"):
         Decoder(model, 1, 37)
     with pytest.raises(ValueError, match="prompt of 21 positions does not fit a length of 20"):
-        Decoder(model, 1, 20).prefill(torch.zeros(1, 21, dtype=torch.uint8))
+        Decoder(model, 1, 20).prefill(torch.zeros(1, 21, dtype=torch.uint8), torch.zeros(1))
     with pytest.raises(ValueError, match="prompt for 2 rows: this decoder has a batch of 1"):
-        Decoder(model, 1).prefill(torch.zeros(2, 5, dtype=torch.uint8))
+        Decoder(model, 1).prefill(torch.zeros(1, 5, dtype=torch.uint8), torch.zeros(2))

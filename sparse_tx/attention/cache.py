@@ -55,7 +55,7 @@ class Layout:
         """The slot that position j is written to; `slots` if it is not kept."""
         column, row = j % self.stride - self.first, j // self.stride % self.rows
         at = column * self.rows + row if self.by_column else row * self.width + column
-        return torch.where((column >= 0) & (column < self.width), at, self.slots)
+        return at.masked_fill((column < 0) | (column >= self.width), self.slots)
 
     def start(self, i: Tensor) -> Tensor:
         """The first slot that query i reads."""
@@ -69,7 +69,7 @@ class Layout:
         at = self.first + column
         newest = (i - at).div(self.stride, rounding_mode="floor")  # row of the column's last position up to i
         row = newest - (newest - row) % self.rows
-        return torch.where(row >= 0, row * self.stride + at, -1)
+        return (row * self.stride + at).masked_fill(row < 0, -1)
 
 
 Part = tuple[AllowsKeys, Layout]

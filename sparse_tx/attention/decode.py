@@ -63,8 +63,7 @@ class StaticReads:
             strip: slice | Tensor = slice(0, layout.slots)
             if layout.by_column:
                 strip = plan.start + torch.arange(layout.strip, device=plan.start.device)
-            bias = torch.where(plan.seen, 0.0, -torch.inf)
-            reads.append(Read(plan.slot[:, 0], strip, layout.strip, bias))
+            reads.append(Read(plan.slot[:, 0], strip, layout.strip, _bias(plan.seen)))
             none = ~plan.seen.any(-1, keepdim=True)
             blind = none if blind is None else blind & none
         return Step(reads, None if group.always_sees else blind)
@@ -109,7 +108,7 @@ class SlicedReads:
                 a, b = low[t], high[t]
                 bias = None
                 if not bool(by_all[t, a:b].all()):
-                    bias = torch.where(plan.seen[:, t, None, a:b], 0.0, -torch.inf)
+                    bias = _bias(plan.seen[:, t, None, a:b])
                 row.append(Read(slot, slice(starts[t] + a, starts[t] + b), b - a, bias))
         some = (blind.any(0) & ~torch.tensor(group.always_sees)).tolist()
         return [Step(row, blind[:, t, None, None] if some[t] else None) for t, row in enumerate(reads)]
@@ -144,8 +143,8 @@ class Store:
     def bytes(self) -> int:
         return sum(t.untyped_storage().nbytes() for kept in self.kept for t in (*kept.k, *kept.v))
 
-    def fill(self, k: Tensor, v: Tensor, rows: Tensor) -> None:
-        """Keep the keys of the first P positions. k, v: (U, P, H, D); rows: (B,) which of the U each row has."""
+    def fill(self, k: Tensor, v: Tensor, rows: Tensor, prompts: Tensor) -> None:
+        """Keep the keys of the first P positions. k, v: (U, P, H, D); row rows[r] has those of prompts[r], of the U."""
         last = torch.tensor(k.shape[1] - 1, device=k.device)
         for kept in self.kept:
             heads = torch.tensor(kept.group.heads, device=k.device)[:, None]
@@ -154,7 +153,7 @@ class Store:
                 held = torch.stack([parts[number][1].held(last, slots) for parts in kept.group.parts])  # (Hg, slots)
                 for store, new in ((kept.k[number], k), (kept.v[number], v)):
                     found = new[:, held.clamp(min=0), heads].masked_fill((held < 0)[..., None], 0.0)
-                    store[:, :, : layout.slots] = found.to(store.dtype)[rows]
+                    store[rows, :, : layout.slots] = found.to(store.dtype)[prompts]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:
         """Keep the keys of a new position and attend to what its pattern sees. q, k: (B, H, Dqk), v: (B, H, Dv).
@@ -194,6 +193,11 @@ class Store:
         for share, value in zip(shares[1:], values[1:], strict=True):
             out = out + share @ value
         return out[:, :, 0].to(v.dtype)
+
+
+def _bias(seen: Tensor) -> Tensor:
+    # Filled, not chosen by torch.where: that would copy its two numbers to the device, which waits for it.
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
 def _wide(t: Tensor) -> Tensor:

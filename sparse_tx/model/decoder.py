@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import cross_entropy, layer_norm, linear
 
 from sparse_tx.attention import Pattern, packed_attention
 from sparse_tx.attention.cache import cached_rows
@@ -106,26 +106,29 @@ class Decoder:
         """Of all keys and values kept."""
         return sum(store.bytes for store in self.stores)
 
-    def prefill(self, prompts: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Keep the keys of a prompt by one forward pass. prompts: (U, P); rows: (B,) which of them each row has.
+    def prefill(self, prompts: Tensor, rows: Tensor) -> Tensor:
+        """Keep the keys of prompts by one forward pass over each. prompts: (U, P); rows: (B,) which of them a row has.
 
-        Returns (U, P) float32 nats of each byte of the prompts under the model. Row b of the batch goes on from
-        prompts[rows[b]], or from prompts[b] if rows is None.
+        Returns (U, P) float32 nats of each byte of the prompts under the model. A CPU takes them one by one: products
+        of other shapes would round otherwise, and what is drawn depend on which prompts are drawn together.
         """
         U, P = prompts.shape
         if not 1 <= P <= self.length:
             raise ValueError(f"a prompt of {P} positions does not fit a length of {self.length}")
-        rows = torch.arange(U, device=self.device) if rows is None else rows
         if len(rows) != self.batch:
             raise ValueError(f"rows names a prompt for {len(rows)} rows: this decoder has a batch of {self.batch}")
+        size = 1 if self.device.type == "cpu" else U
+        return torch.cat([self._prefill(prompts[a : a + size], rows, a) for a in range(0, U, size)])
+
+    def _prefill(self, prompts: Tensor, rows: Tensor, first: int) -> Tensor:
+        into = ((rows >= first) & (rows < first + len(prompts))).nonzero()[:, 0]
         h = self.model.embedding(prompts)  # (U, P, C)
         for w, store, patterns in zip(self.weights, self.stores, self.patterns, strict=True):
-            h = layer_step(h, w, partial(self._fill, store, patterns, rows))
+            h = layer_step(h, w, partial(self._fill, store, patterns, into, rows[into] - first))
         nats = []
-        for start in range(0, P, _LOGITS):
+        for start in range(0, prompts.shape[1], _LOGITS):
             part = slice(start, start + _LOGITS)
-            logits = self._logits(h[:, part])
-            nats.append(torch.nn.functional.cross_entropy(logits.mT, prompts[:, part].long(), reduction="none"))
+            nats.append(cross_entropy(self._logits(h[:, part]).mT, prompts[:, part].long(), reduction="none"))
         return torch.cat(nats, 1)
 
     def step(self, previous: Tensor, position: Tensor, at: int | None = None) -> Tensor:
@@ -151,9 +154,9 @@ class Decoder:
         q, k, v = self._split(qkv)
         return store.attend(q, k, v, reads).flatten(-2)
 
-    def _fill(self, store: Store, patterns: tuple[Pattern, ...], rows: Tensor, qkv: Tensor) -> Tensor:
+    def _fill(self, store: Store, patterns: tuple[Pattern, ...], rows: Tensor, prompts: Tensor, qkv: Tensor) -> Tensor:
         _, k, v = self._split(qkv)
-        store.fill(k, v, rows)
+        store.fill(k, v, rows, prompts)
         out = packed_attention(qkv, self.spec.heads, self.spec.qk, patterns, backend=self.spec.attention.backend)
         return out.flatten(-2)
 

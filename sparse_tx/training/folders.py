@@ -24,20 +24,24 @@ def new_run_folder(output: str, name: str) -> Path:
     """OUTPUT/NAME/DATE_TIME-XXXX, made by this call alone."""
     if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:
         return Path(os.environ[_SHARED])
-    parent = Path(output) / name
+    folder = dated_folder(Path(output) / name)
+    os.environ[_SHARED] = str(folder)
+    return folder
+
+
+def dated_folder(parent: Path) -> Path:
+    """PARENT/DATE_TIME-XXXX, made by this call alone."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             folder = parent / f"{datetime.now():%Y-%m-%d_%H%M%S}-{secrets.token_hex(2)}"
             try:
                 folder.mkdir()
-                break
+                return folder
             except FileExistsError:
                 continue
     except OSError as error:
-        raise UserError(f"the run's folder cannot be made in {parent}: {error.strerror}; set output=FOLDER") from None
-    os.environ[_SHARED] = str(folder)
-    return folder
+        raise UserError(f"the folder cannot be made in {parent}: {error.strerror}; set output=FOLDER") from None
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
