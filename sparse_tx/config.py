@@ -141,6 +141,9 @@ class CallbacksConfig:
     validate_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
+    sample_every: int | None = None
+    sample_count: int = 8
+    sample_length: int | None = None
 
 
 @dataclass
@@ -258,9 +261,17 @@ def training(cfg: DictConfig) -> TrainConfig:
             "callbacks.validate_every": (callbacks.validate_every, 1),
             "callbacks.checkpoint_every": (callbacks.checkpoint_every, 1),
             "callbacks.keep": (callbacks.keep, 1),
+            "callbacks.sample_every": (callbacks.sample_every, 1),
+            "callbacks.sample_count": (callbacks.sample_count, 1),
+            "callbacks.sample_length": (callbacks.sample_length, 1),
             "evaluation.batch_size": (config.evaluation.batch_size, 1),
         }
     )
+    if (callbacks.sample_length or 1) > data.context:
+        raise UserError(
+            f"callbacks.sample_length={callbacks.sample_length}: a sample has at most the {data.context} bytes of the "
+            "context"
+        )
     _one_of("data.unreadable", data.unreadable, ("refuse", "skip"))
     _one_of("optimizer", optimizer.name, ("adamw", "muon"))
     _one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))

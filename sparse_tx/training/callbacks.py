@@ -53,6 +53,11 @@ class Progress(Callback):
             )
         self._mark = time.perf_counter(), step
 
+    def leave_out(self, seconds: float) -> None:
+        """Seconds since the last entry that were not training."""
+        if self._mark is not None:
+            self._mark = self._mark[0] + seconds, self._mark[1]
+
     def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
         self._mark = None
 

@@ -32,6 +32,7 @@ from sparse_tx.training.callbacks import (
 from sparse_tx.training.ema import EMA
 from sparse_tx.training.folders import find_resume, new_run_folder, override, write_config
 from sparse_tx.training.loggers import check_loggers, make_loggers
+from sparse_tx.training.media import SAMPLE_LENGTH, DrawSamples
 from sparse_tx.training.module import TrainingModule
 
 H200_FLOPS = 989e12  # dense bf16, by its datasheet
@@ -106,11 +107,25 @@ def _trainer(config: TrainConfig, folder: Path, precision: str, loggers: list[Lo
         unit=unit,
         lines=not terminal,
     )
-    callbacks: list[Callback] = [EMA(settings.ema_decay), progress]
+    ema = EMA(settings.ema_decay)
+    callbacks: list[Callback] = [ema, progress]
     if terminal:
         callbacks.append(Bar(reporting.log_every, unit))
     if settings.max_time is not None:
         callbacks.append(Deadline(settings.max_time))
+    if reporting.sample_every is not None:
+        callbacks.append(
+            DrawSamples(
+                folder / "samples",
+                config.model_spec(),
+                ema,
+                progress,
+                every=reporting.sample_every,
+                count=reporting.sample_count,
+                length=reporting.sample_length or min(config.data.context, SAMPLE_LENGTH),
+                seed=config.seed,
+            )
+        )
     callbacks += checkpoint_callbacks(folder / "checkpoints", reporting.checkpoint_every or every, reporting.keep)
     if config.profile:
         callbacks.append(Trace(folder))
