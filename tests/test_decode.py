@@ -26,7 +26,7 @@ def stepwise(q, k, v, patterns, n, start, static):
     for i in range(start, S):
         sliced.position = i
         reads = StaticReads(torch.tensor([i])) if static else sliced
-        outs.append(store.attend(q[:, i], k[:, i], v[:, i], reads))
+        outs.append(store.attend(q[:, i], k[:, i], v[:, i], store.steps(reads)))
     return torch.stack(outs, 1)
 
 

@@ -155,44 +155,47 @@ class Store:
                     found = new[:, held.clamp(min=0), heads].masked_fill((held < 0)[..., None], 0.0)
                     store[rows, :, : layout.slots] = found.to(store.dtype)[prompts]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, steps: Sequence[Step]) -> Tensor:
         """Keep the keys of a new position and attend to what its pattern sees. q, k: (B, H, Dqk), v: (B, H, Dv).
 
-        Returns (B, H, Dv). Scores and softmax are in float32 (float64 for float64 inputs).
+        steps: of each group of heads, as `steps` gives them. Returns (B, H, Dv). Scores and softmax are in float32
+        (float64 for float64 inputs).
         """
         if len(self.kept) == 1:
-            return self._attend(self.kept[0], q, k, v, reads)
+            return _attend(self.kept[0], q, k, v, steps[0], self.scale)
         out = torch.empty_like(v)
-        for kept in self.kept:
-            heads = kept.heads
-            assert heads is not None
-            own = [t.index_select(1, heads) for t in (q, k, v)]
-            out.index_copy_(1, heads, self._attend(kept, own[0], own[1], own[2], reads))
+        for kept, step in zip(self.kept, steps, strict=True):
+            assert kept.heads is not None
+            own = [t.index_select(1, kept.heads) for t in (q, k, v)]
+            out.index_copy_(1, kept.heads, _attend(kept, own[0], own[1], own[2], step, self.scale))
         return out
 
-    def _attend(self, kept: _Kept, q: Tensor, k: Tensor, v: Tensor, reads: Reads) -> Tensor:
-        step = reads(kept.group)
-        q = _wide(q)[:, :, None] * self.scale  # (B, Hg, 1, Dqk)
-        scores, values = [], []
-        for read, keys, vals in zip(step.reads, kept.k, kept.v, strict=True):
-            _write(keys, k, read.slot)
-            _write(vals, v, read.slot)
-            if read.keys:
-                part = q @ _wide(_strip(keys, read.strip)).mT  # (B, Hg, 1, keys)
-                scores.append(part if read.bias is None else part + read.bias)
-                values.append(_wide(_strip(vals, read.strip)))
-        if not scores:
-            return torch.zeros_like(v)
-        weights = (scores[0] if len(scores) == 1 else torch.cat(scores, -1)).softmax(-1)
-        if step.blind is not None:
-            weights = weights.masked_fill(step.blind, 0.0)
-        if len(scores) == 1:
-            return (weights @ values[0])[:, :, 0].to(v.dtype)
-        shares = weights.split([s.shape[-1] for s in scores], -1)
-        out = shares[0] @ values[0]
-        for share, value in zip(shares[1:], values[1:], strict=True):
-            out = out + share @ value
-        return out[:, :, 0].to(v.dtype)
+    def steps(self, reads: Reads) -> list[Step]:
+        return [reads(kept.group) for kept in self.kept]
+
+
+def _attend(kept: _Kept, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
+    q = _wide(q)[:, :, None] * scale  # (B, Hg, 1, Dqk)
+    scores, values = [], []
+    for read, keys, vals in zip(step.reads, kept.k, kept.v, strict=True):
+        _write(keys, k, read.slot)
+        _write(vals, v, read.slot)
+        if read.keys:
+            part = q @ _wide(_strip(keys, read.strip)).mT  # (B, Hg, 1, keys)
+            scores.append(part if read.bias is None else part + read.bias)
+            values.append(_wide(_strip(vals, read.strip)))
+    if not scores:
+        return torch.zeros_like(v)
+    weights = (scores[0] if len(scores) == 1 else torch.cat(scores, -1)).softmax(-1)
+    if step.blind is not None:
+        weights = weights.masked_fill(step.blind, 0.0)
+    if len(scores) == 1:
+        return (weights @ values[0])[:, :, 0].to(v.dtype)
+    shares = weights.split([s.shape[-1] for s in scores], -1)
+    out = shares[0] @ values[0]
+    for share, value in zip(shares[1:], values[1:], strict=True):
+        out = out + share @ value
+    return out[:, :, 0].to(v.dtype)
 
 
 def _bias(seen: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, layer_norm, linear
 
 from sparse_tx.attention import Pattern, packed_attention
 from sparse_tx.attention.cache import cached_rows
-from sparse_tx.attention.decode import SlicedReads, StaticReads, Store
+from sparse_tx.attention.decode import SlicedReads, StaticReads, Step, Store
 from sparse_tx.model.block import ResidualBlock
 from sparse_tx.model.spec import ModelSpec
 from sparse_tx.model.transformer import Transformer
@@ -20,38 +20,40 @@ from sparse_tx.model.transformer import Transformer
 _LOGITS = 4096  # positions of a prompt whose logits are made at a time
 
 
+Pair = tuple[Tensor, Tensor]  # weight and bias
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """A residual block's weights: matrices in the dtype of the products, norms in float32 as under autocast."""
 
-    attention_norm: nn.LayerNorm
-    qkv: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    ff_norm: nn.LayerNorm
-    expand: tuple[Tensor, Tensor]
-    contract: tuple[Tensor, Tensor]
+    attention_norm: Pair
+    qkv: Pair
+    out: Pair
+    ff_norm: Pair
+    expand: Pair
+    contract: Pair
 
     @classmethod
     def of(cls, block: ResidualBlock, dtype: torch.dtype) -> LayerWeights:
-        def cast(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        def pair(layer: nn.Linear | nn.LayerNorm, dtype: torch.dtype = dtype) -> Pair:
             return layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
 
-        attention, ff = block.attention, block.ff
+        own = block.attention_norm.weight.dtype
         return cls(
-            block.attention_norm,
-            cast(attention.qkv),
-            cast(attention.out),
-            block.ff_norm,
-            cast(ff.expand),
-            cast(ff.contract),
+            pair(block.attention_norm, own),
+            pair(block.attention.qkv),
+            pair(block.attention.out),
+            pair(block.ff_norm, own),
+            pair(block.ff.expand),
+            pair(block.ff.contract),
         )
 
 
-def layer_step(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
+def layer(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
     """A residual block in eval mode around any way to attend. h: (..., C), the residual stream.
 
-    attend: projections (..., 2 qk + C) -> (..., C). This one function is a layer of a sampling step: what would fuse it
-    takes its place.
+    attend: projections (..., 2 qk + C) -> (..., C).
     """
     x = _norm(h, w.attention_norm).to(w.qkv[0].dtype)
     h = h + linear(attend(linear(x, *w.qkv)), *w.out)
@@ -59,8 +61,26 @@ def layer_step(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -
     return h + linear(x * torch.sigmoid(1.702 * x), *w.contract)
 
 
-def _norm(h: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return layer_norm(h, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def layer_step(h: Tensor, w: LayerWeights, store: Store, steps: list[Step], heads: int, qk: int) -> Tensor:
+    """One layer of one position: all that happens between two residual streams h (B, C), in tensors alone.
+
+    The seam for faster ways: a compiler takes this function, and a kernel that fuses a layer takes its place.
+    """
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = split_heads(qkv, heads, qk)
+        return store.attend(q, k, v, steps).flatten(-2)
+
+    return layer(h, w, attend)
+
+
+def split_heads(qkv: Tensor, heads: int, qk: int) -> list[Tensor]:
+    """(..., 2 qk + C) -> q, k (..., H, Dqk), v (..., H, Dv)."""
+    return [t.unflatten(-1, (heads, -1)) for t in qkv.split((qk, qk, qkv.shape[-1] - 2 * qk), -1)]
+
+
+def _norm(h: Tensor, weights: Pair) -> Tensor:
+    return layer_norm(h, h.shape[-1:], *weights)
 
 
 def cache_bytes(spec: ModelSpec, length: int, dtype: torch.dtype) -> int:
@@ -74,7 +94,8 @@ class Decoder:
     """Logits of `batch` sequences, one position after the other.
 
     dtype: of the products and of the cache; None for the model's own. static: fixed shapes and positions as tensors
-    alone, for CUDA graphs; False reads exactly the live slots; None takes what suits the device.
+    alone, for CUDA graphs; False reads exactly the live slots; None takes what suits the device. compile: let
+    torch.compile fuse the layers of a step, for static ones.
     """
 
     def __init__(
@@ -85,6 +106,7 @@ class Decoder:
         *,
         dtype: torch.dtype | None = None,
         static: bool | None = None,
+        compile: bool = False,
     ) -> None:
         spec = model.spec
         length = spec.context if length is None else length
@@ -99,7 +121,10 @@ class Decoder:
         self.patterns = spec.patterns()
         widths = spec.qk // spec.heads, spec.width // spec.heads
         self.stores = [Store(p, length, batch, *widths, self.dtype, self.device) for p in self.patterns]
+        self._norm = model.norm.weight.detach(), model.norm.bias.detach()
         self._sliced = SlicedReads(length)
+        # Layers alike share the code: it is compiled once for each way of keeping keys.
+        self._layer = torch.compile(layer_step, dynamic=False, fullgraph=True) if compile else layer_step
 
     @property
     def bytes(self) -> int:
@@ -124,7 +149,7 @@ class Decoder:
         into = ((rows >= first) & (rows < first + len(prompts))).nonzero()[:, 0]
         h = self.model.embedding(prompts)  # (U, P, C)
         for w, store, patterns in zip(self.weights, self.stores, self.patterns, strict=True):
-            h = layer_step(h, w, partial(self._fill, store, patterns, into, rows[into] - first))
+            h = layer(h, w, partial(self._fill, store, patterns, into, rows[into] - first))
         nats = []
         for start in range(0, prompts.shape[1], _LOGITS):
             part = slice(start, start + _LOGITS)
@@ -147,23 +172,14 @@ class Decoder:
             reads = self._sliced
         h = self.model.embedding.at(previous, position)  # (B, C)
         for w, store in zip(self.weights, self.stores, strict=True):
-            h = layer_step(h, w, partial(self._attend, store, reads))
+            h = self._layer(h, w, store, store.steps(reads), self.spec.heads, self.spec.qk)
         return self._logits(h)
 
-    def _attend(self, store: Store, reads: StaticReads | SlicedReads, qkv: Tensor) -> Tensor:
-        q, k, v = self._split(qkv)
-        return store.attend(q, k, v, reads).flatten(-2)
-
     def _fill(self, store: Store, patterns: tuple[Pattern, ...], rows: Tensor, prompts: Tensor, qkv: Tensor) -> Tensor:
-        _, k, v = self._split(qkv)
+        _, k, v = split_heads(qkv, self.spec.heads, self.spec.qk)
         store.fill(k, v, rows, prompts)
         out = packed_attention(qkv, self.spec.heads, self.spec.qk, patterns, backend=self.spec.attention.backend)
         return out.flatten(-2)
 
-    def _split(self, qkv: Tensor) -> list[Tensor]:
-        """(..., 2 qk + C) -> q, k (..., H, Dqk), v (..., H, Dv)."""
-        parts = qkv.split((self.spec.qk, self.spec.qk, self.spec.width), -1)
-        return [t.unflatten(-1, (self.spec.heads, -1)) for t in parts]
-
     def _logits(self, h: Tensor) -> Tensor:
-        return linear(_norm(h, self.model.norm).to(self.dtype), self.output).float()
+        return linear(_norm(h, self._norm).to(self.dtype), self.output).float()

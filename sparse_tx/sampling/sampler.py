@@ -34,7 +34,7 @@ class Sampler:
     for bit, on a GPU at one batch size.
 
     temperature 0 takes the likeliest byte. dtype: of the products and the cache; None for the model's own. graph:
-    capture a step in a CUDA graph; None does so on a GPU.
+    capture a step in a CUDA graph; None does so on a GPU. compile: let torch.compile fuse each layer of it.
     """
 
     def __init__(
@@ -49,13 +49,14 @@ class Sampler:
         seed: int = 1,
         dtype: torch.dtype | None = None,
         graph: bool | None = None,
+        compile: bool = False,
     ) -> None:
         self.length, self.seed = length, seed
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.device = device = model.output.weight.device
         self.batch = CPU_ROWS if device.type == "cpu" else batch
         self.graphed = device.type == "cuda" if graph is None else graph
-        self.decoder = Decoder(model, self.batch, length, dtype=dtype)
+        self.decoder = Decoder(model, self.batch, length, dtype=dtype, compile=compile)
         # All that a step changes lies in these and in the cache: a captured step finds it where it was.
         self._tokens = torch.zeros(self.batch, length, dtype=torch.uint8, device=device)
         self._nats = torch.zeros(self.batch, length, device=device)
@@ -92,12 +93,16 @@ class Sampler:
             used, rows = rows.unique(return_inverse=True)
             self._tokens[:, :P] = prompts[used][rows]
             self._nats[:, :P] = self.decoder.prefill(prompts[used], rows)[rows]
-        self._position.fill_(P)
+        self.advance(P, self.length, numbers, on_step)
+
+    def advance(self, start: int, end: int, numbers: Tensor, on_step: Callable[[int], None] | None = None) -> None:
+        """Draw positions start to end - 1 of the samples with these numbers, (batch,): what comes before is there."""
+        self._position.fill_(start)
         if self.graphed and self._graph is None:
-            self._graph = self._capture(P)
+            self._graph = self._capture(start)
         progress = _Progress(on_step, self.device)
-        for i in range(P, self.length):
-            if i == P or i % _UNIFORMS == 0:
+        for i in range(start, end):
+            if i == start or i % _UNIFORMS == 0:
                 chunk = torch.arange(i - i % _UNIFORMS, i - i % _UNIFORMS + _UNIFORMS, device=self.device)
                 self._uniforms.copy_(uniform(self.seed, chunk[:, None], numbers))
             if self._graph is not None:
