@@ -1,6 +1,7 @@
 """Sampling: draws follow the model, a seed reproduces, prompts are kept, files are what they say."""
 
 import hashlib
+import io
 import json
 import wave
 from pathlib import Path
@@ -13,7 +14,9 @@ from PIL import Image
 from sparse_tx import UserError, load
 from sparse_tx.data.recordings import read_recording
 from sparse_tx.evaluation.bits import Score
+from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.model.counter import uniform
+from sparse_tx.sampling import progress
 from sparse_tx.sampling.manifest import bits_by_sample
 from sparse_tx.sampling.sampler import Sampler, draw
 from sparse_tx.sampling.writers import image_of
@@ -104,6 +107,43 @@ def test_greedy_sampling_takes_the_likeliest_byte_at_each_position(trained):
     with torch.inference_mode():
         likeliest = model(tokens.long()).argmax(-1)
     assert torch.equal(tokens[:, 3:].long(), likeliest[:, 3:])
+
+
+@pytest.mark.parametrize("attention", ["fixed", "strided", "full"])
+def test_a_step_in_fixed_shapes_reads_nothing_back(attention):
+    # The meta device has shapes and no numbers: a step that asked for one, as a captured step must not, would fail.
+    attend = AttentionSpec(attention, stride=None if attention == "full" else 8, c=2 if attention == "fixed" else None)
+    model = Transformer(ModelSpec("text", 32, 2, 16, 2, 8, 32, attend)).to("meta")
+    sampler = Sampler(model, 32, 3, top_k=9, top_p=0.9)
+    with torch.inference_mode():
+        sampler.advance(0, 3, torch.arange(3, device="meta"))
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 10.0, 15.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.DrawProgress(3000) as told:
+        for _ in range(4):
+            told(500)
+    assert capsys.readouterr().err.splitlines() == [
+        "drawn 1,000 of 3,000 bytes, 100 bytes/s, 20 s left",
+        "drawn 2,000 of 3,000 bytes, 100 bytes/s, 10 s left",
+    ]
+
+
+def test_progress_is_a_bar_with_speed_and_time_left_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    with progress.DrawProgress(2000) as told:
+        told(500)
+        told._bar.refresh()
+        seen = progress.sys.stderr.getvalue()
+    assert "500/2,000 bytes" in seen
+    assert "bytes/s" in seen
 
 
 def test_the_bytes_told_while_drawing_add_up(trained):

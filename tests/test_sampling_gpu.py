@@ -48,6 +48,20 @@ def test_compiled_layers_give_the_logits_of_plain_ones(name):
     torch.testing.assert_close(steps(Decoder(model, 2, compile=True), tokens), model(tokens), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_step_never_waits_for_the_device(name):
+    sampler = Sampler(model_of(ATTENTIONS[name]).cuda(), 36, 2, top_k=20, top_p=0.9, graph=False)
+    nothing = torch.zeros(1, 0, dtype=torch.uint8)
+    list(sampler.draw(nothing, 2))  # what is made once is made here
+    with torch.inference_mode():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sampler._position.fill_(7)
+            sampler._step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_progress_adds_up_though_it_never_waits_for_the_newest_step():
     told = []
     sampler = Sampler(model_of(ATTENTIONS["full"], context=300).cuda(), 300, 2)

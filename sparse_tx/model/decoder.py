@@ -18,8 +18,6 @@ from sparse_tx.model.spec import ModelSpec
 from sparse_tx.model.transformer import Transformer
 
 _LOGITS = 4096  # positions of a prompt whose logits are made at a time
-
-
 Pair = tuple[Tensor, Tensor]  # weight and bias
 
 
