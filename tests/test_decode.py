@@ -15,6 +15,9 @@ class Checkered:
     def allows(self, i, j):
         return (j < i) & ((i - j) % 2 == 1)
 
+    def __repr__(self):  # every worker must name the tests alike
+        return "Checkered()"
+
 
 def stepwise(q, k, v, patterns, n, start, static):
     """Outputs of queries from `start` on, over a cache filled with the keys before."""

@@ -22,7 +22,10 @@ def prompt_files(path: str, kind: str) -> list[Path]:
     if not given.is_dir():
         raise UserError(f"prompt={path} does not exist: give the path of a file, or of a folder of them")
     suffixes = {"image": IMAGES, "audio": SUFFIXES}.get(kind)
-    files = [p for p in sorted(given.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    try:
+        files = [p for p in sorted(given.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"prompt={path} cannot be read: {error.strerror}") from None
     files = [p for p in files if suffixes is None or p.suffix.lower() in suffixes]
     if not files:
         what = f"files ending in {', '.join(suffixes)}" if suffixes is not None else "files"
