@@ -144,6 +144,9 @@ class CallbacksConfig:
     validate_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
+    sample_every: int | None = None
+    sample_count: int = 8
+    sample_length: int | None = None
 
 
 @dataclass
@@ -241,16 +244,19 @@ class EvaluateConfig:
 class SampleConfig:
     checkpoint: str = MISSING
     count: int = 16
-    batch_size: int | None = None
+    batch_size: str = "auto"
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 1
     length: int | None = None
     prompt: str | None = None
+    prompt_length: int | None = None
     format: str | None = None
     weights: str = "ema"
     device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
     output: str | None = None
     debug: str | None = None
 
@@ -287,9 +293,17 @@ def training(cfg: DictConfig) -> TrainConfig:
             "callbacks.validate_every": (callbacks.validate_every, 1),
             "callbacks.checkpoint_every": (callbacks.checkpoint_every, 1),
             "callbacks.keep": (callbacks.keep, 1),
+            "callbacks.sample_every": (callbacks.sample_every, 1),
+            "callbacks.sample_count": (callbacks.sample_count, 1),
+            "callbacks.sample_length": (callbacks.sample_length, 1),
             "evaluation.batch_size": (config.evaluation.batch_size, 1),
         }
     )
+    if (callbacks.sample_length or 1) > data.context:
+        raise UserError(
+            f"callbacks.sample_length={callbacks.sample_length}: a sample has at most the {data.context} bytes of the "
+            "context"
+        )
     _one_of("data.unreadable", data.unreadable, ("refuse", "skip"))
     _one_of("optimizer", optimizer.name, ("adamw", "muon"))
     _one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
@@ -349,12 +363,15 @@ def sampling(cfg: DictConfig) -> SampleConfig:
     _at_least(
         {
             "count": (config.count, 1),
-            "batch_size": (config.batch_size, 1),
             "temperature": (config.temperature, 0),
             "top_k": (config.top_k, 1),
             "length": (config.length, 1),
+            "prompt_length": (config.prompt_length, 1),
         }
     )
+    if config.batch_size != "auto" and not (config.batch_size.isdigit() and int(config.batch_size) >= 1):
+        raise UserError(f"batch_size={config.batch_size}: give a number of at least 1, or auto for what fits")
+    config.precision = _precision("precision", config.precision)
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UserError(f"top_p={config.top_p}: it is a share of the probability, above 0 and at most 1")
     return config

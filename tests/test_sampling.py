@@ -1,6 +1,10 @@
 """Sampling: draws follow the model, a seed reproduces, prompts are kept, files are what they say."""
 
+import hashlib
+import io
+import json
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +12,13 @@ import torch
 from PIL import Image
 
 from sparse_tx import UserError, load
+from sparse_tx.data.recordings import read_recording
+from sparse_tx.evaluation.bits import Score
+from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.model.counter import uniform
-from sparse_tx.sampling.sampler import draw, generate
+from sparse_tx.sampling import progress
+from sparse_tx.sampling.manifest import bits_by_sample
+from sparse_tx.sampling.sampler import Sampler, draw
 from sparse_tx.sampling.writers import image_of
 
 
@@ -56,24 +65,93 @@ def test_uniform_numbers_are_uniform_and_differ_by_seed_position_and_sample():
     assert u.unique().numel() == 100_000
 
 
-def test_a_sample_depends_on_the_seed_and_its_number_not_on_the_batch(trained):
-    model = load(trained()["checkpoint"])
-    nothing = torch.zeros(4, 0, dtype=torch.uint8)
-    together = generate(model, nothing, 20, seed=5)
-    alone = torch.cat([generate(model, nothing[:1], 20, seed=5, first=k) for k in range(4)])
-    assert torch.equal(together, alone)
-    assert not torch.equal(together, generate(model, nothing, 20, seed=6))
-    assert together.unique(dim=0).shape[0] == 4
+def drawn(sampler, prompts, count, first=0):
+    return torch.cat([samples.tokens for samples in sampler.draw(prompts, count, first=first)])
+
+
+@pytest.mark.parametrize("prompt", [0, 7], ids=["from nothing", "from prompts"])
+@pytest.mark.parametrize("attention", ["fixed", "strided"])
+def test_a_sample_is_the_same_bits_at_any_batch_size(trained, attention, prompt):
+    model = load(trained(f"attention={attention}")["checkpoint"])
+    prompts = torch.randint(256, (3, prompt), dtype=torch.uint8)
+    sampler = Sampler(model, 20, 1, seed=5)
+    together = list(sampler.draw(prompts, 19))
+    tokens, nats = (torch.cat(t) for t in zip(*together, strict=True))
+    assert tokens.shape == nats.shape == (19, 20)
+    for first, count in ((0, 1), (3, 2), (6, 9), (18, 1)):
+        part = list(sampler.draw(prompts, count, first=first))
+        assert torch.equal(torch.cat([s.tokens for s in part]), tokens[first : first + count])
+        assert torch.equal(torch.cat([s.nats for s in part]), nats[first : first + count])
+    if prompt:
+        assert torch.equal(tokens[:, :prompt], prompts[torch.arange(19) % 3])
+    assert tokens.unique(dim=0).shape[0] == 19
+    assert not torch.equal(tokens, drawn(Sampler(model, 20, 1, seed=6), prompts, 19))
+
+
+def test_the_likelihood_beside_a_sample_is_the_models_own(trained):
+    model = load(trained("trainer.max_steps=30")["checkpoint"])
+    prompts = torch.randint(256, (2, 5), dtype=torch.uint8)
+    (samples,) = Sampler(model, 40, 2, temperature=0.5, top_k=9, seed=3).draw(prompts, 2)
+    score = Score()
+    with torch.inference_mode():
+        score.add(model(samples.tokens.long()), samples.tokens)
+    bits = [b["bits_per_dim"] for b in bits_by_sample(samples.nats.numpy(), 5)]
+    assert sum(bits) / 2 == pytest.approx(score.bits_per_dim, abs=1e-5)
 
 
 def test_greedy_sampling_takes_the_likeliest_byte_at_each_position(trained):
     model = load(trained("trainer.max_steps=60", "callbacks.validate_every=60")["checkpoint"])
     prompt = torch.tensor([[116, 104, 101]], dtype=torch.uint8)
-    tokens = generate(model, prompt, 20, temperature=0)
+    tokens = drawn(Sampler(model, 20, 1, temperature=0), prompt, 1)
     assert torch.equal(tokens[:, :3], prompt)
     with torch.inference_mode():
         likeliest = model(tokens.long()).argmax(-1)
     assert torch.equal(tokens[:, 3:].long(), likeliest[:, 3:])
+
+
+@pytest.mark.parametrize("attention", ["fixed", "strided", "full"])
+def test_a_step_in_fixed_shapes_reads_nothing_back(attention):
+    # The meta device has shapes and no numbers: a step that asked for one, as a captured step must not, would fail.
+    attend = AttentionSpec(attention, stride=None if attention == "full" else 8, c=2 if attention == "fixed" else None)
+    model = Transformer(ModelSpec("text", 32, 2, 16, 2, 8, 32, attend)).to("meta")
+    sampler = Sampler(model, 32, 3, top_k=9, top_p=0.9)
+    with torch.inference_mode():
+        sampler.advance(0, 3, torch.arange(3, device="meta"))
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 10.0, 15.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.DrawProgress(3000) as told:
+        for _ in range(4):
+            told(500)
+    assert capsys.readouterr().err.splitlines() == [
+        "drawn 1,000 of 3,000 bytes, 100 bytes/s, 20 s left",
+        "drawn 2,000 of 3,000 bytes, 100 bytes/s, 10 s left",
+    ]
+
+
+def test_progress_is_a_bar_with_speed_and_time_left_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress.sys, "stderr", Terminal())
+    with progress.DrawProgress(2000) as told:
+        told(500)
+        told._bar.refresh()
+        seen = progress.sys.stderr.getvalue()
+    assert "500/2,000 bytes" in seen
+    assert "bytes/s" in seen
+
+
+def test_the_bytes_told_while_drawing_add_up(trained):
+    told = []
+    model = load(trained()["checkpoint"])
+    for _ in Sampler(model, 12, 1).draw(torch.zeros(1, 4, dtype=torch.uint8), 10, on_bytes=told.append):
+        pass
+    assert sum(told) == 10 * 8
 
 
 def test_text_is_written_as_the_bytes_drawn_and_keeps_its_prompt(trained, sample, tmp_path):
@@ -92,12 +170,62 @@ def test_images_are_written_as_files_and_a_grid_and_complete_an_upper_half(train
     Image.fromarray(pixels).save(tmp_path / "upper.png")
     path = trained("data=cifar10", "attention=strided")["checkpoint"]
     grid, *files = sample(f"checkpoint={path}", "count=2", f"prompt={tmp_path / 'upper.png'}")
-    assert Image.open(grid).size == (22, 12)
+    with Image.open(grid) as image:
+        assert image.size == (22, 12)
     for file in files:
-        drawn = np.asarray(Image.open(file))
+        with Image.open(file) as image:
+            drawn = np.asarray(image)
         assert drawn.shape == (8, 8, 3)
         assert (drawn[:4] == pixels[:4]).all()
-    assert (np.asarray(Image.open(grid))[2:10, 2:10] == np.asarray(Image.open(files[0]))).all()
+    with Image.open(grid) as image, Image.open(files[0]) as first:
+        assert (np.asarray(image)[2:10, 2:10] == np.asarray(first)).all()
+
+
+def test_samples_take_the_images_of_a_folder_in_turn_and_keep_as_many_bytes_as_asked_for(trained, sample, tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3), dtype=np.uint8)
+    for k, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    path = trained("data=cifar10", "attention=strided")["checkpoint"]
+    files = sample(f"checkpoint={path}", "count=3", f"prompt={tmp_path}", "prompt_length=150", "format=npy")
+    for k, file in enumerate(files):
+        assert (np.load(file)[:150] == images[k % 2].reshape(-1)[:150]).all()
+
+
+def test_a_recording_goes_on_from_its_start(trained, sample, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "start.wav", 0.5 * np.sin(np.arange(400) / 5), 12_000)
+    path = trained("data=audio", "attention=strided")["checkpoint"]
+    prompt = f"prompt={tmp_path / 'start.wav'}"
+    (file,) = sample(f"checkpoint={path}", "count=1", "length=48", prompt, "prompt_length=32", "format=npy")
+    assert (np.load(file)[:32] == read_recording(tmp_path / "start.wav")[:32]).all()
+    with pytest.raises(UserError, match=r"start.wav has 400 bytes: this model needs 1 to 255; prompt_length=N"):
+        sample(f"checkpoint={path}", prompt)
+    (tmp_path / "start.wav").write_bytes(b"no sound")
+    with pytest.raises(UserError, match="cannot be read as a recording"):
+        sample(f"checkpoint={path}", prompt)
+
+
+def test_the_manifest_says_what_the_samples_came_from(trained, sample, tmp_path):
+    (tmp_path / "start.txt").write_bytes(b"import ")
+    path = trained()["checkpoint"]
+    files = sample(
+        f"checkpoint={path}", "count=2", "length=30", f"prompt={tmp_path / 'start.txt'}", "temperature=0.5", "seed=7"
+    )
+    manifest = json.loads((files[0].parent / "manifest.json").read_text())
+    assert manifest["checkpoint_sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert manifest["prompts"][0]["sha256"] == hashlib.sha256(b"import ").hexdigest()
+    settings = {k: manifest["settings"][k] for k in ("seed", "temperature", "weights", "prompt_length", "length")}
+    assert settings == {"seed": 7, "temperature": 0.5, "weights": "ema", "prompt_length": 7, "length": 30}
+    assert [s["file"] for s in manifest["samples"]] == [f.name for f in files]
+    assert all(0 < s["bits_per_dim_drawn"] < 20 for s in manifest["samples"])
+
+
+def test_sampling_again_leaves_earlier_samples_alone(trained, sample):
+    path = trained()["checkpoint"]
+    first, again = (sample(f"checkpoint={path}", "count=1", f"seed={s}", "length=30")[0] for s in (1, 2))
+    assert first != again
+    assert first.read_bytes() != again.read_bytes()
 
 
 def test_bytes_of_an_image_are_row_by_row_with_r_g_b_of_a_pixel_together():
@@ -126,11 +254,26 @@ def test_audio_is_written_as_wav_at_12_khz(trained, sample):
         (["format=png"], "format=png does not fit samples of kind text: use txt or bin"),
         (["prompt=long.txt"], "prompt=long.txt has 64 bytes"),
         (["prompt=short.txt", "length=5"], "prompt=short.txt fills all 5 bytes"),
+        (["prompt=empty.txt"], "prompt=empty.txt has 0 bytes"),
+        (["prompt=short.txt", "prompt_length=9"], "has 5 bytes, fewer than prompt_length=9"),
+        (["prompt=short.txt", "prompt_length=64"], "prompt_length=64 leaves none of the 64 bytes"),
+        (["prompt_length=4"], "prompt_length=4 without a prompt"),
+        (["prompt=texts"], "have 5 to 6 bytes.*set prompt_length=5"),
+        (["prompt=none"], "prompt=none is a folder without files"),
+        (["batch_size=0"], "batch_size=0: give a number of at least 1, or auto"),
+        (["compile=true"], "compile=true needs a GPU"),
+        (["precision=8"], "precision=8 is not known"),
+        (["output=short.txt"], "output=short.txt cannot be made a folder"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(trained, sample, tmp_path, settings, message):
     (tmp_path / "long.txt").write_bytes(b"x" * 64)
     (tmp_path / "short.txt").write_bytes(b"x" * 5)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "none").mkdir()
+    (tmp_path / "texts").mkdir()
+    for k in (5, 6):
+        (tmp_path / "texts" / f"{k}.txt").write_bytes(b"x" * k)
     with pytest.raises(UserError, match=message):
         sample(f"checkpoint={trained()['checkpoint']}", *settings)
 

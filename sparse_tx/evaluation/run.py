@@ -28,7 +28,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a checkpoint on a split. Returns its numbers and what they were taken with."""
     checkpoint = read_checkpoint(config.checkpoint)
     device = choose_device(config.device)
-    precision = _precision(config, checkpoint, device)
+    precision = choose_precision(config.precision, checkpoint, device)
     data = checkpoint.config["data"]
     spec = data_spec(checkpoint, root=config.data.root, source=config.data.source, synthetic=config.debug == "fast")
     min_context = config.evaluation.min_context
@@ -145,8 +145,8 @@ def reference_lines(prepared: Prepared, windows: EvaluationWindows, split: str, 
     return lines
 
 
-def _precision(config: EvaluateConfig, checkpoint: Checkpoint, device: torch.device) -> str:
-    precision = config.precision
+def choose_precision(precision: str, checkpoint: Checkpoint, device: torch.device) -> str:
+    """ "auto" as training had it, as far as the device can."""
     if precision == "auto":
         precision = checkpoint.config["trainer"]["precision"]
     if precision == "auto":

@@ -20,8 +20,8 @@ def mix(x: Tensor, inject: Tensor | int = 0) -> Tensor:
     return x ^ (x >> 15)
 
 
-def uniform(seed: int, position: int, samples: Tensor) -> Tensor:
-    """(B,) float64 in [0, 1), by (seed, position, sample) alone. samples: (B,) int64."""
+def uniform(seed: int, position: int | Tensor, samples: Tensor) -> Tensor:
+    """float64 in [0, 1), by (seed, position, sample) alone. position (int64, if a tensor) and samples broadcast."""
     key = mix(torch.full_like(samples, seed & MASK32))
     key = mix(mix(key ^ (seed >> 32 & MASK32)) ^ (position & MASK32))
     high, low = mix(key + samples), mix(mix(key + 0x9E3779B9) + samples)

@@ -61,6 +61,18 @@ class Embedding(nn.Module):
         shifted = torch.cat([self.start.expand(B, 1, -1), embedded], 1)
         return shifted + self._positions()[:S]
 
+    def at(self, previous: Tensor, position: Tensor) -> Tensor:
+        """(B, C): the input at one position alone. previous: (B,) tokens before it; position: (1,) int64."""
+        before = torch.where(position == 0, self.start, self.tokens[previous.long()])
+        rows, place = [], position
+        for table in reversed(list(self.positions)):
+            rows.append(table[place % len(table)])
+            place = place // len(table)
+        total = rows[-1]
+        for row in rows[-2::-1]:
+            total = total + row
+        return before + total
+
     def _positions(self) -> Tensor:
         """(context, C)."""
         total = self.positions[0]

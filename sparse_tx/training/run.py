@@ -36,6 +36,7 @@ from sparse_tx.training.folders import (
     write_result,
 )
 from sparse_tx.training.loggers import check_loggers, close_loggers, log_checkpoint, make_loggers
+from sparse_tx.training.media import SAMPLE_LENGTH, DrawSamples
 from sparse_tx.training.module import TrainingModule
 from sparse_tx.training.progress import Progress, display
 from sparse_tx.training.summary import batch_flops, conclude, describe, expect, say
@@ -67,7 +68,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
         say(f"resume: {resume}" if resume else "resume: no checkpoint of this config, starting fresh")
     check_loggers(config.logger)
     prepared = prepare(config.data.spec())
-    _say(f"prepared: {prepared.title}: {', '.join(f'{n:,} {split}' for split, n in prepared.meta['counts'].items())}")
+    say(f"prepared: {prepared.title}: {', '.join(f'{n:,} {split}' for split, n in prepared.meta['counts'].items())}")
     datamodule = _datamodule(config)
     alone = folder is None
     if folder is None:
@@ -140,9 +141,23 @@ def _trainer(
         half=precision != "32-true",
         deadline=deadline,
     )
-    callbacks: list[Callback] = [EMA(settings.ema_decay), progress, Divergence(progress.every)]
+    ema = EMA(settings.ema_decay)
+    callbacks: list[Callback] = [ema, progress, Divergence(progress.every)]
     if deadline is not None:
         callbacks.append(deadline)
+    if reporting.sample_every is not None:
+        callbacks.append(
+            DrawSamples(
+                folder / "samples",
+                config.model_spec(),
+                ema,
+                progress,
+                every=reporting.sample_every,
+                count=reporting.sample_count,
+                length=reporting.sample_length or min(config.data.context, SAMPLE_LENGTH),
+                seed=config.seed,
+            )
+        )
     callbacks += checkpoint_callbacks(folder / "checkpoints", reporting.checkpoint_every or every, reporting.keep)
     if config.profile:
         callbacks.append(Trace(folder))

@@ -1,0 +1,183 @@
+"""A trained model one position at a time: only the keys that the patterns still need are kept (section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, layer_norm, linear
+
+from sparse_tx.attention import Pattern, packed_attention
+from sparse_tx.attention.cache import cached_rows
+from sparse_tx.attention.decode import SlicedReads, StaticReads, Step, Store
+from sparse_tx.model.block import ResidualBlock
+from sparse_tx.model.spec import ModelSpec
+from sparse_tx.model.transformer import Transformer
+
+_LOGITS = 4096  # positions of a prompt whose logits are made at a time
+Pair = tuple[Tensor, Tensor]  # weight and bias
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A residual block's weights: matrices in the dtype of the products, norms in float32 as under autocast."""
+
+    attention_norm: Pair
+    qkv: Pair
+    out: Pair
+    ff_norm: Pair
+    expand: Pair
+    contract: Pair
+
+    @classmethod
+    def of(cls, block: ResidualBlock, dtype: torch.dtype) -> LayerWeights:
+        def pair(layer: nn.Linear | nn.LayerNorm, dtype: torch.dtype = dtype) -> Pair:
+            return layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+
+        own = block.attention_norm.weight.dtype
+        return cls(
+            pair(block.attention_norm, own),
+            pair(block.attention.qkv),
+            pair(block.attention.out),
+            pair(block.ff_norm, own),
+            pair(block.ff.expand),
+            pair(block.ff.contract),
+        )
+
+
+def layer(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """A residual block in eval mode around any way to attend. h: (..., C), the residual stream.
+
+    attend: projections (..., 2 qk + C) -> (..., C).
+    """
+    x = _norm(h, w.attention_norm).to(w.qkv[0].dtype)
+    h = h + linear(attend(linear(x, *w.qkv)), *w.out)
+    x = linear(_norm(h, w.ff_norm).to(w.expand[0].dtype), *w.expand)
+    return h + linear(x * torch.sigmoid(1.702 * x), *w.contract)
+
+
+def layer_step(h: Tensor, w: LayerWeights, store: Store, steps: list[Step], heads: int, qk: int) -> Tensor:
+    """One layer of one position: all that happens between two residual streams h (B, C), in tensors alone.
+
+    The seam for faster ways: a compiler takes this function, and a kernel that fuses a layer takes its place.
+    """
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = split_heads(qkv, heads, qk)
+        return store.attend(q, k, v, steps).flatten(-2)
+
+    return layer(h, w, attend)
+
+
+def split_heads(qkv: Tensor, heads: int, qk: int) -> list[Tensor]:
+    """(..., 2 qk + C) -> q, k (..., H, Dqk), v (..., H, Dv)."""
+    return [t.unflatten(-1, (heads, -1)) for t in qkv.split((qk, qk, qkv.shape[-1] - 2 * qk), -1)]
+
+
+def _norm(h: Tensor, weights: Pair) -> Tensor:
+    return layer_norm(h, h.shape[-1:], *weights)
+
+
+def cache_bytes(spec: ModelSpec, length: int, dtype: torch.dtype) -> int:
+    """Bytes that the keys and values of one sample of `length` positions take."""
+    width = (spec.qk + spec.width) // spec.heads
+    rows = {p: cached_rows(p, length) for layer in spec.patterns() for p in dict.fromkeys(layer)}
+    return sum(rows[p] for layer in spec.patterns() for p in layer) * width * dtype.itemsize
+
+
+class Decoder:
+    """Logits of `batch` sequences, one position after the other.
+
+    dtype: of the products and of the cache; None for the model's own. static: fixed shapes and positions as tensors
+    alone, for CUDA graphs; False reads exactly the live slots; None takes what suits the device. compile: let
+    torch.compile fuse the layers of a step, for static ones.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch: int,
+        length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        static: bool | None = None,
+        compile: bool = False,
+    ) -> None:
+        spec = model.spec
+        length = spec.context if length is None else length
+        if not 1 <= length <= spec.context:
+            raise ValueError(f"length={length}: this model has a context of {spec.context} positions; use at most that")
+        self.model, self.spec, self.length, self.batch = model, spec, length, batch
+        self.device = model.output.weight.device
+        self.dtype = dtype or model.output.weight.dtype
+        self.static = self.device.type != "cpu" if static is None else static
+        self.weights = [LayerWeights.of(block, self.dtype) for block in model.blocks]  # type: ignore[arg-type]
+        self.output = model.output.weight.detach().to(self.dtype)
+        self.patterns = spec.patterns()
+        widths = spec.qk // spec.heads, spec.width // spec.heads
+        self.stores = [Store(p, length, batch, *widths, self.dtype, self.device) for p in self.patterns]
+        self._norm = model.norm.weight.detach(), model.norm.bias.detach()
+        self._sliced = SlicedReads(length)
+        # Layers alike share the code: it is compiled once for each way of keeping keys.
+        self._layer = torch.compile(layer_step, dynamic=False, fullgraph=True) if compile else layer_step
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys and values kept."""
+        return sum(store.bytes for store in self.stores)
+
+    def prefill(self, prompts: Tensor, rows: Tensor) -> Tensor:
+        """Keep the keys of prompts by one forward pass over each. prompts: (U, P); rows: (B,) which of them a row has.
+
+        Returns (U, P) float32 nats of each byte of the prompts under the model. A CPU takes them one by one: products
+        of other shapes would round otherwise, and what is drawn depend on which prompts are drawn together.
+        """
+        U, P = prompts.shape
+        if not 1 <= P <= self.length:
+            raise ValueError(f"a prompt of {P} positions does not fit a length of {self.length}")
+        if len(rows) != self.batch:
+            raise ValueError(f"rows names a prompt for {len(rows)} rows: this decoder has a batch of {self.batch}")
+        size = 1 if self.device.type == "cpu" else U
+        return torch.cat([self._prefill(prompts[a : a + size], rows, a) for a in range(0, U, size)])
+
+    def _prefill(self, prompts: Tensor, rows: Tensor, first: int) -> Tensor:
+        into = ((rows >= first) & (rows < first + len(prompts))).nonzero()[:, 0]
+        h = self.model.embedding(prompts)  # (U, P, C)
+        for w, store, patterns in zip(self.weights, self.stores, self.patterns, strict=True):
+            h = layer(h, w, partial(self._fill, store, patterns, into, rows[into] - first))
+        nats = []
+        for start in range(0, prompts.shape[1], _LOGITS):
+            part = slice(start, start + _LOGITS)
+            nats.append(cross_entropy(self._logits(h[:, part]).mT, prompts[:, part].long(), reduction="none"))
+        return torch.cat(nats, 1)
+
+    def step(self, previous: Tensor, position: Tensor, at: int | None = None) -> Tensor:
+        """The logits (B, V) float32 at one position, whose keys are kept from then on.
+
+        previous: (B,) the bytes before it; position: (1,) int64 on the device. at: the same position as a number, which
+        a decoder that is not static needs.
+        """
+        reads: StaticReads | SlicedReads
+        if self.static:
+            reads = StaticReads(position)
+        else:
+            if at is None:
+                raise ValueError("a decoder that is not static needs the position as a number too")
+            self._sliced.position = at
+            reads = self._sliced
+        h = self.model.embedding.at(previous, position)  # (B, C)
+        for w, store in zip(self.weights, self.stores, strict=True):
+            h = self._layer(h, w, store, store.steps(reads), self.spec.heads, self.spec.qk)
+        return self._logits(h)
+
+    def _fill(self, store: Store, patterns: tuple[Pattern, ...], rows: Tensor, prompts: Tensor, qkv: Tensor) -> Tensor:
+        _, k, v = split_heads(qkv, self.spec.heads, self.spec.qk)
+        store.fill(k, v, rows, prompts)
+        out = packed_attention(qkv, self.spec.heads, self.spec.qk, patterns, backend=self.spec.attention.backend)
+        return out.flatten(-2)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return linear(_norm(h, self._norm).to(self.dtype), self.output).float()
