@@ -94,7 +94,9 @@ def read_prompt(path: str, checkpoint: Checkpoint) -> np.ndarray:
 
 
 def _beside(checkpoint: Path) -> Path:
-    """RUN/samples/STEM for RUN/checkpoints/STEM.ckpt."""
+    """RUN/samples/STEM for RUN/checkpoints/STEM.ckpt; outputs/samples/NAME for an exported model."""
+    if checkpoint.is_dir():
+        return Path("outputs", "samples", checkpoint.resolve().name)
     return checkpoint.parent.parent / "samples" / checkpoint.stem
 
 
