@@ -18,6 +18,7 @@ from sparse_tx.data import DataModule, prepare
 from sparse_tx.errors import UserError
 from sparse_tx.evaluation.run import backends, reference_lines, unit_of
 from sparse_tx.model.cost import Cost, cost_of
+from sparse_tx.shell import spelled
 from sparse_tx.training.callbacks import (
     BEST,
     LAST,
@@ -159,8 +160,8 @@ def _conclude(config: TrainConfig, datamodule: DataModule, metrics: dict[str, An
         print(line)
     print(f"{unit}: {metrics['val/bits_per_dim']:.4f}")
     print(f"checkpoint: {metrics['checkpoint']}")
-    print(f"evaluate: python evaluate.py {override('checkpoint', metrics['checkpoint'])} split=test")
-    print(f"sample: python sample.py {override('checkpoint', metrics['checkpoint'])} count=4", flush=True)
+    print(f"evaluate: {spelled('evaluate')} {override('checkpoint', metrics['checkpoint'])} split=test")
+    print(f"sample: {spelled('sample')} {override('checkpoint', metrics['checkpoint'])} count=4", flush=True)
 
 
 def _device_and_precision(config: TrainConfig) -> tuple[torch.device, str]:
