@@ -6,10 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from sparse_tx import cli, doctor
 from sparse_tx.config import config_folder
@@ -161,3 +164,22 @@ def test_the_wheel_alone_trains_scores_samples_and_exports_in_an_empty_folder(in
     assert "wrote: shared" in run("export", f"checkpoint={path}", "to=shared", "debug=fast")
     assert "bits/byte: " in run("evaluate", "checkpoint=shared", "debug=fast")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["outputs", "shared"]
+
+
+def test_the_lock_holds_every_dependency_by_hash_within_its_bounds_and_no_address():
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"://|^-", text, re.MULTILINE)
+    entries = re.split(r"\n(?=[A-Za-z0-9])", text.partition("\n")[2])
+    pins: dict[str, list] = {}
+    for entry in entries[1:]:
+        assert "--hash=sha256:" in entry, entry
+        pin = Requirement(entry.partition("\\")[0])
+        pins.setdefault(canonicalize_name(pin.name), []).append(pin)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    shipped = [w for extra in ("wandb", "tensorboard", "plots", "hub") for w in project["optional-dependencies"][extra]]
+    for wanted in map(Requirement, [*project["dependencies"], *shipped]):
+        found = pins.get(canonicalize_name(wanted.name), [])
+        assert found, f"{wanted} is not in requirements.lock: run tools/lock"
+        for pin in found:
+            (version,) = (s.version for s in pin.specifier)
+            assert version in wanted.specifier, f"{pin} does not fit {wanted}: run tools/lock"
