@@ -26,22 +26,28 @@ def hydra_of_its_own() -> Iterator[None]:
         GlobalHydra.instance().hydra = kept
 
 
+def arguments_of(command: str) -> list[str]:
+    """What the program sparse-tx is given for `python train.py ...` and the like; a script's path for others."""
+    program, *arguments = shlex.split(command)
+    if program == "python":
+        if arguments[:2] == ["-m", "sparse_tx"]:
+            return arguments[2:]
+        if arguments[:2] == ["-m", "sparse_tx.export"]:
+            return ["export", *arguments[2:]]
+        if arguments[0] in ("train.py", "evaluate.py", "sample.py"):
+            return [arguments[0].removesuffix(".py"), *arguments[1:]]
+        return arguments
+    assert program == "sparse-tx", f"{command}: not a command of this project"
+    return arguments
+
+
 def run(command: str) -> None:
     """`python train.py ...`, `python -m sparse_tx ...` or `sparse-tx ...`. Raises SystemExit if it fails."""
     from sparse_tx import cli
 
-    program, *arguments = shlex.split(command)
-    if program == "python":
-        if arguments[:2] == ["-m", "sparse_tx"]:
-            arguments = arguments[2:]
-        elif arguments[:2] == ["-m", "sparse_tx.export"]:
-            arguments = ["export", *arguments[2:]]
-        elif arguments[0] in ("train.py", "evaluate.py", "sample.py"):
-            arguments[0] = arguments[0].removesuffix(".py")
-        else:
-            return _script(ROOT / arguments[0], arguments[1:])
-    elif program != "sparse-tx":
-        raise AssertionError(f"{command}: not a command of this project")
+    arguments = arguments_of(command)
+    if arguments[0].endswith(".py"):
+        return _script(ROOT / arguments[0], arguments[1:])
     given, sys.argv = sys.argv, ["sparse-tx", *arguments]
     try:
         with hydra_of_its_own():

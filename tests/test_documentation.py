@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import fast, hydra_of_its_own, run
+from running import arguments_of, fast, hydra_of_its_own, run
 
 from sparse_tx.entry import export, train
 
@@ -24,8 +24,12 @@ NOT_RUN = {
     "python train.py experiment=cifar10_strided logger=[csv,wandb]": "the package wandb",
     "python train.py logger=[csv,wandb]": "the package wandb",
 }
-# Written for the real data: what they become on the twin's 64 bytes and the pages' short names.
-CHANGES = {"evaluation.min_context=12160": "evaluation.min_context=32"}
+# Written for real data and hours: what they become for a twin's 64 bytes and a few steps.
+CHANGES = {
+    "evaluation.min_context=12160": "evaluation.min_context=32",
+    "trainer.max_steps=1000": "trainer.max_steps=6",
+    "trainer.max_steps=2000": "trainer.max_steps=6",
+}
 
 
 def blocks(document, *languages):
@@ -45,10 +49,16 @@ def not_run(line):
 
 
 EXTENDING = ROOT / "docs" / "extending.md"
+ASKED = re.compile(r'eval "\$\((.*)\)"')
+# Each once, however it is spelled.
 COMMANDS = list(
-    dict.fromkeys(
-        line for document in DOCUMENTS if document != EXTENDING for line in lines(document) if not not_run(line)
-    )
+    {
+        tuple(arguments_of(fast(ASKED.sub(r"\1", line)))): line
+        for document in DOCUMENTS
+        if document != EXTENDING
+        for line in lines(document)
+        if not not_run(line)
+    }.values()
 )
 
 
@@ -85,7 +95,7 @@ def filled(command, places):
 def test_every_command_of_the_documents_runs_with_debug_fast(command, places, capfd):
     if "tensorboard" in command:
         pytest.importorskip("tensorboard")
-    asked = re.fullmatch(r'eval "\$\((.*)\)"', command)
+    asked = ASKED.fullmatch(command)
     command = fast(filled(asked[1] if asked else command, places))
     if "trainer=ddp" in command:  # it starts its other processes by its own command line
         words = command.replace("python ", f"{sys.executable} ").replace("train.py", str(ROOT / "train.py")).split()
@@ -166,3 +176,21 @@ def test_the_site_builds_without_warnings(tmp_path):
         cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert "sparse_attention" in (tmp_path / "site" / "api" / "index.html").read_text()
+
+
+def test_the_notebook_runs_cell_by_cell_and_holds_no_output(monkeypatch, capsys):
+    import json
+
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    notebook = json.loads((ROOT / "notebooks" / "first_steps.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    monkeypatch.setenv("STEPS", "4")
+    pyplot.switch_backend("agg")
+    text = "\n".join("".join(cell["source"]) for cell in code).replace("data.limit=64", "data.limit=4")
+    names: dict = {}
+    with hydra_of_its_own():
+        exec(compile(text, "first_steps.ipynb", "exec"), names)
+    pyplot.close("all")
+    assert names["score"]["bits_per_dim"] > 0
+    assert "differs from the oracle by" in capsys.readouterr().out
