@@ -98,14 +98,17 @@ def group_section(group: str, options: list[str], default: str, types: dict[str,
     for key, (value, _) in chosen.items():
         by_comment: dict[str, list[str]] = {}
         for option, written in files.items():
-            by_comment.setdefault(written[key][1], []).append(option)
+            if key in written:
+                by_comment.setdefault(written[key][1], []).append(option)
         if len(by_comment) > 1:
             said = "; ".join(f"{', '.join(named)}: {comment}" for comment, named in by_comment.items())
             chosen[key] = (value, said)
     keys = table(KEY_TABLE, key_rows(chosen, types, f"{group}."))
     if len(options) == 1:
         return [f"### {group}", "", *keys]
-    differing = [k for k in chosen if len({f[k][0] for f in files.values()}) > 1 and "{" not in chosen[k][0]]
+    # An option that leaves keys to the default's file is told by what it is alone.
+    shared = [k for k in chosen if all(k in f for f in files.values())]
+    differing = [k for k in shared if len({f[k][0] for f in files.values()}) > 1 and "{" not in chosen[k][0]]
     rows = [
         [f"`{o}`", *(f"`{f[k][0]}`" for k in differing), introduction(config_folder() / group / f"{o}.yaml")]
         for o, f in files.items()

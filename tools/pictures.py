@@ -18,6 +18,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from sparse_tx.checkpoint import read_checkpoint
+from sparse_tx.data import DataModule
+from sparse_tx.evaluation.run import count_models, data_spec
 from sparse_tx.plots import heads_figure, pattern_figure, seen_figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,15 +75,25 @@ def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
     return columns
 
 
+def counted(run: Path) -> dict[int, float]:
+    """Bits per byte of count models on the bytes that the run validates on."""
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    spec, data = data_spec(checkpoint, root=None, source=None, synthetic=False), checkpoint.config["data"]
+    module = DataModule(spec, batch_size=1, seed=0, max_steps=1, eval_limit=data["limit"])
+    module.prepare_data()
+    return count_models(module.prepared, module.evaluation_windows("validation"), "validation")
+
+
 def demo_figure(path: Path, run: Path) -> None:
     """The demo's bits per byte beside what it must beat: counting."""
     columns = curve(run)
     figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
     axes.plot(*zip(*columns["train/bits_per_dim"], strict=True), color=RIVAL, linewidth=0.8, label="a training batch")
     axes.plot(*zip(*columns["val/bits_per_dim"], strict=True), "o-", color=OURS, label="held-out files")
-    for name, bits in (("each byte by itself", 4.58), ("pairs of bytes", 3.59), ("triples", 2.69)):
+    names = {0: "each byte by itself", 1: "pairs of bytes", 2: "triples of bytes"}
+    for order, bits in counted(run).items():
         axes.axhline(bits, color=GREY, linewidth=0.7, linestyle=":")
-        axes.text(axes.get_xlim()[1], bits + 0.05, f"counting {name}", ha="right", fontsize=7, color=GREY)
+        axes.text(axes.get_xlim()[1], bits + 0.05, f"counting {names[order]}", ha="right", fontsize=7, color=GREY)
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("bits per byte", fontsize=8)
     axes.legend(fontsize=8, frameon=False)
