@@ -98,7 +98,7 @@ def group_section(group: str, options: list[str], default: str, types: dict[str,
     for key, (value, _) in chosen.items():
         by_comment: dict[str, list[str]] = {}
         for option, written in files.items():
-            if key in written:
+            if key in written and written[key][1]:
                 by_comment.setdefault(written[key][1], []).append(option)
         if len(by_comment) > 1:
             said = "; ".join(f"{', '.join(named)}: {comment}" for comment, named in by_comment.items())
