@@ -29,12 +29,23 @@ class Checkpoint:
 
     def weights(self, which: str) -> dict[str, torch.Tensor]:
         """ "ema" or "live", named as in the model."""
+        where = {"ema": "ema", "live": "state_dict"}
+        if which not in where:
+            raise UserError(f"weights={which} is not known: use ema or live")
+        if where[which] not in self.contents:
+            other = "live" if which == "ema" else "ema"
+            raise UserError(f"{self.path} was exported with its {other} weights alone: use weights={other}")
         if which == "ema":
             return self.contents["ema"]
-        if which != "live":
-            raise UserError(f"weights={which} is not known: use ema or live")
         prefix = "model."
         return {n[len(prefix) :]: t for n, t in self.contents["state_dict"].items() if n.startswith(prefix)}
+
+    @property
+    def file(self) -> Path:
+        """The file that holds the weights."""
+        from sparse_tx.export.folder import TENSORS
+
+        return self.path / TENSORS if self.path.is_dir() else self.path
 
     def model(self, weights: str = "ema", device: str | torch.device | None = None) -> Transformer:
         """In eval mode, on the device (the CPU if None)."""
@@ -47,8 +58,17 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Raises UserError for what is missing, damaged, or not one of ours."""
+    """A file that training wrote, an exported folder, or "hub:USER/NAME".
+
+    Raises UserError for what is missing, damaged, or not one of ours.
+    """
+    from sparse_tx.export import folder, hub  # safetensors is needed for these alone
+
+    if str(path).startswith(hub.PREFIX):
+        return folder.read_model(hub.download(str(path)))
     path = Path(path)
+    if folder.is_exported(path):
+        return folder.read_model(path)
     if path.is_dir():
         raise UserError(
             f"checkpoint {path} is a folder: give a file in it, such as {path / 'checkpoints' / 'best.ckpt'}"
@@ -75,6 +95,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def load(checkpoint: str | Path, *, weights: str = "ema", device: str | torch.device | None = None) -> Transformer:
     """A trained model in eval mode: model(tokens (B, S)) -> logits (B, S, 256), tokens unshifted, S <= context.
 
+    checkpoint: a file that training wrote, a folder that `sparse_tx.export` wrote, or "hub:USER/NAME".
     weights: "ema", the averaged ones, or "live", those being trained. Raises UserError for a checkpoint that is
     missing, damaged or not one of ours.
     """

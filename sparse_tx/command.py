@@ -11,12 +11,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from sparse_tx.config import EvaluateConfig, SampleConfig, TrainConfig, config_folder
+from sparse_tx.config import EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, config_folder
 from sparse_tx.errors import UserError
 from sparse_tx.merge import explain_unknown
 from sparse_tx.training.folders import override
 
-SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "sample": SampleConfig}
+SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "sample": SampleConfig, "export": ExportConfig}
 
 
 def main(function: Callable[[DictConfig], Any], config_name: str) -> None:
@@ -61,6 +61,8 @@ def _checked(arguments: list[str], schema: type, failed: list[str]) -> list[str]
 
     A member of a sweep that names an option which does not exist is taken out and counted as failed.
     """
+    if {"-sc", "--shell-completion"} & set(arguments):
+        return arguments
     sweep = _is_sweep(arguments)
     parser = OverridesParser.create()
     checked = []

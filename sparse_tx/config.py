@@ -261,6 +261,24 @@ class SampleConfig:
     debug: str | None = None
 
 
+@dataclass
+class ExportConfig:
+    checkpoint: str = MISSING
+    to: str = MISSING
+    repo: str | None = None
+    private: bool = True
+    weights: str = "ema"
+    split: str | None = "validation"
+    limit: int | None = None
+    samples: int = 4
+    length: int | None = None
+    temperature: float = 1.0
+    seed: int = 1
+    device: str = "auto"
+    debug: str | None = None
+    data: DataOverride = field(default_factory=DataOverride)
+
+
 def config_folder() -> Path:
     """The folder of the YAML files: inside an installed package, or beside it in a checkout."""
     here = Path(__file__).resolve().parent
@@ -377,7 +395,22 @@ def sampling(cfg: DictConfig) -> SampleConfig:
     return config
 
 
-def _check_checkpoint_keys(config: EvaluateConfig | SampleConfig) -> None:
+def exporting(cfg: DictConfig) -> ExportConfig:
+    """A composed `export` config, checked."""
+    config = typed(cfg, ExportConfig, shared="debug" in cfg)
+    _check_checkpoint_keys(config)
+    if config.split is not None:
+        _one_of("split", config.split, SPLITS)
+    least = {"limit": (config.limit, 1), "samples": (config.samples, 0), "length": (config.length, 1)}
+    _at_least(least | {"temperature": (config.temperature, 0)})
+    if (config.to == "hub") != (config.repo is not None):
+        raise UserError(f"to={config.to}, repo={config.repo}: give to=hub and repo=USER/NAME together, or to=FOLDER")
+    if config.repo is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.repo, re.ASCII):
+        raise UserError(f"repo={config.repo} is no name of a repository: give USER/NAME")
+    return config
+
+
+def _check_checkpoint_keys(config: EvaluateConfig | SampleConfig | ExportConfig) -> None:
     _one_of("weights", config.weights, WEIGHTS)
     _one_of("device", config.device.partition(":")[0], ("auto", "cpu", "cuda"))
     if config.debug is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,14 +59,19 @@ def explain_unknown(key: str, schema: type) -> str | None:
     return None
 
 
-def _keys(schema: type, prefix: str = "") -> list[str]:
-    keys = []
+def flat_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Every key of a schema, dotted, with its type and field; what holds keys of its own comes before them."""
+    types = get_type_hints(schema)
     for f in dataclasses.fields(schema):
-        keys.append(prefix + f.name)
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(default):
-            keys += _keys(type(default), f"{prefix}{f.name}.")
-    return keys
+        yield prefix + f.name, types[f.name], f
+        for inner in (types[f.name], *get_args(types[f.name])):  # also of `Section | None`
+            if dataclasses.is_dataclass(inner):
+                assert isinstance(inner, type)
+                yield from flat_fields(inner, f"{prefix}{f.name}.")
+
+
+def _keys(schema: type) -> list[str]:
+    return [key for key, _, _ in flat_fields(schema)]
 
 
 def _only(value: Any, known: list[str], prefix: str) -> Any:

@@ -43,7 +43,7 @@ def write_manifest(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     manifest = {
         "checkpoint": str(checkpoint.path.resolve()),
-        "checkpoint_sha256": sha256_of(checkpoint.path),
+        "checkpoint_sha256": sha256_of(checkpoint.file),
         "step": checkpoint.step,
         "data": checkpoint.config["data"]["name"],
         "kind": checkpoint.spec.kind,

@@ -129,7 +129,11 @@ def _draw(sampler: Sampler, prompts: torch.Tensor, count: int) -> tuple[np.ndarr
 
 
 def _output(output: str | None, checkpoint: Path) -> Path:
-    """The folder asked for, or a new RUN/samples/STEM/DATE_TIME-XXXX for RUN/checkpoints/STEM.ckpt."""
+    """The folder asked for, or a new DATE_TIME-XXXX in RUN/samples/STEM for RUN/checkpoints/STEM.ckpt, in
+    outputs/samples/NAME for an exported model.
+    """
+    if output is None and checkpoint.is_dir():
+        return dated_folder(Path("outputs", "samples", checkpoint.resolve().name))
     if output is None:
         return dated_folder(checkpoint.parent.parent / "samples" / checkpoint.stem)
     try:

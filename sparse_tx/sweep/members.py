@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparse_tx.config import TrainConfig, config_folder, training
 from sparse_tx.data.lock import taken
 from sparse_tx.errors import UserError
+from sparse_tx.shell import spelled
 from sparse_tx.training.folders import RESULT, identity
 
 FINISHED, EARLIER, STOPPED, FAILED = "finished", "finished earlier", "stopped at max_time", "failed"
@@ -158,8 +159,8 @@ def refuse_several_devices(config: TrainConfig, overrides: Sequence[str]) -> Non
     alone = " ".join(o for o in overrides if not o.startswith("sweep"))
     raise UserError(
         f"a sweep (-m) with trainer.devices={trainer.devices} would start itself once more on each device: start each "
-        f"member by itself, without -m (python train.py {alone}), or keep trainer.devices=1 and start the same sweep "
-        "once for each GPU (CUDA_VISIBLE_DEVICES=0, 1, ...): they share its members"
+        f"member by itself, without -m ({spelled('train')} {alone}), or keep trainer.devices=1 and start the same "
+        "sweep once for each GPU (CUDA_VISIBLE_DEVICES=0, 1, ...): they share its members"
     )
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_tx.shell import spelled
 from sparse_tx.sweep.members import Outcome, read_result
 from sparse_tx.sweep.space import Axis
 from sparse_tx.training.folders import override
@@ -56,4 +57,6 @@ def best(rows: Sequence[Row]) -> Row | None:
 def next_command(row: Row) -> str | None:
     """How the best member goes on; None where its result is gone."""
     result = read_result(Path(row[1].folder))
-    return None if result is None else f"python evaluate.py {override('checkpoint', result['checkpoint'])} split=test"
+    if result is None:
+        return None
+    return f"{spelled('evaluate')} {override('checkpoint', result['checkpoint'])} split=test"

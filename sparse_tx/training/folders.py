@@ -71,6 +71,8 @@ def find_resume(config: TrainConfig) -> Path | None:
         return None
     if config.resume != "auto":
         checkpoint = read_checkpoint(config.resume)
+        if "optimizer_states" not in checkpoint.contents:
+            raise UserError(f"resume={config.resume} is an exported model: only a run's own checkpoint can be resumed")
         if checkpoint.spec != config.model_spec():
             raise UserError(
                 f"resume={config.resume} holds another model: {_first_difference(checkpoint, config)}; give the same "

@@ -12,6 +12,7 @@ from sparse_tx.config import TrainConfig
 from sparse_tx.data import DataModule
 from sparse_tx.evaluation.run import backends, reference_lines, unit_of
 from sparse_tx.model.cost import Cost
+from sparse_tx.shell import spelled
 from sparse_tx.training.folders import override
 from sparse_tx.training.peak import device_peak, peak_flops
 from sparse_tx.training.progress import Progress
@@ -130,5 +131,5 @@ def conclude(config: TrainConfig, datamodule: DataModule, metrics: dict[str, Any
         print(line)
     print(f"{unit}: {metrics['val/bits_per_dim']:.4f}")
     print(f"checkpoint: {metrics['checkpoint']}")
-    print(f"evaluate: python evaluate.py {override('checkpoint', metrics['checkpoint'])} split=test")
-    print(f"sample: python sample.py {override('checkpoint', metrics['checkpoint'])} count=4", flush=True)
+    print(f"evaluate: {spelled('evaluate')} {override('checkpoint', metrics['checkpoint'])} split=test")
+    print(f"sample: {spelled('sample')} {override('checkpoint', metrics['checkpoint'])} count=4", flush=True)
