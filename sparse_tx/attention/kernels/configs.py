@@ -37,7 +37,7 @@ TUNED: dict[tuple[str, str, int, int, int], Config] = {
     ("forward", "column 128", 64, 64, 2): Config(64, 32, 4, 3),
     ("forward", "column", 64, 64, 2): Config(64, 32, 4, 3),
     ("forward", "fixed", 64, 64, 2): Config(128, 64, 8, 3),
-    ("backward", "window", 64, 128, 2): Config(64, 64, 4, 2),
+    ("backward", "window", 64, 128, 2): Config(64, 32, 4, 1),
     ("backward", "window", 64, 64, 2): Config(64, 32, 4, 3, 168),
     ("backward", "window", 32, 32, 2): Config(64, 32, 4, 3),
     ("backward", "column 32", 64, 128, 2): Config(32, 64, 4, 1),
