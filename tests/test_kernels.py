@@ -161,8 +161,14 @@ def test_walks_are_no_worse_than_twice_dense_torch(walks, S, l, kernels):
 
 
 @pytest.mark.parametrize("pattern", [Block(32) | Summary(32, 8, 1), Summary(16, 4), Full(), Column(2), Block(48)])
-def test_copied_blocks_are_no_worse_than_twice_dense_torch(pattern):
-    """Lengths and strides at which the copy engine brings the blocks (it takes 16 bits alone)."""
+def test_copied_blocks_are_no_worse_than_twice_dense_torch(pattern, monkeypatch):
+    """Lengths, strides and tiles at which the copy engine brings the blocks (it takes 16 bits alone)."""
+    from sparse_tx.attention.kernels import configs
+
+    parts = ("window", "full", "fixed", "column 128", "block 64")
+    kernels = ("forward", "backward", "keys")
+    table = {(k, p, 16, 16, 2): configs.Config(64, 64, 4, 2) for k in kernels for p in parts}
+    monkeypatch.setattr(configs, "TUNED", table)
     low = inputs(192, 2, dtype=LOW, B=2)
     got, dense = results(triton_attention, low, (pattern,) * 2), results(oracle_attention, low, (pattern,) * 2)
     exact = results(oracle_attention, [t.double() for t in low], (pattern,) * 2)

@@ -118,6 +118,15 @@ def _walk(kernel: str, chain: Chain, *tensors: Tensor) -> Walk | None:
     return chosen if _copies(chain, *tensors) else None
 
 
+def _copies_tiles(chosen: Config, chain: Chain, *tensors: Tensor) -> bool:
+    """Whether the copy engine brings the tiles of this configuration.
+
+    Only those that go on to the tensor cores from shared memory, while others are on their way: elsewhere Triton 3.6
+    lets one copy overwrite another (seen in columns of 32 rows without stages).
+    """
+    return chosen.rows >= 64 and chosen.stages > 1 and _copies(chain, *tensors)
+
+
 def _copies(chain: Chain, *tensors: Tensor) -> bool:
     """Whether the copy engine can bring these tensors of a pass: whole columns, and whole 16 bytes of (B, H, S)."""
     q = tensors[0]
@@ -126,8 +135,10 @@ def _copies(chain: Chain, *tensors: Tensor) -> bool:
 
 
 def _copyable(t: Tensor) -> bool:
-    """Whether the copy engine takes it: rows of whole 16 bytes."""
-    return t.data_ptr() % 16 == 0 and all(n * t.element_size() % 16 == 0 for n in _strides(t))
+    """Whether the copy engine takes it: rows of whole 16 bytes, a power of two wide."""
+    D = t.shape[-1]
+    whole = all(n > 0 and n * t.element_size() % 16 == 0 for n in _strides(t))
+    return whole and t.data_ptr() % 16 == 0 and D & (D - 1) == 0
 
 
 def _descriptor(t: Tensor, chain: Chain, rows: int) -> TensorDescriptor:
@@ -158,12 +169,12 @@ def _summary_descriptor(t: Tensor, run: Run, keys: int) -> TensorDescriptor:
     return TensorDescriptor(t, shape, strides, [1, 1, keys // run.c, run.c, power_of_two(D)])
 
 
-def _copies_summary(run: Run, chain: Chain, keys: int, *tensors: Tensor) -> bool:
-    """Whether a step of `keys` summary columns is a block: whole, power-of-two rows of it, from the first on."""
+def _copies_summary(run: Run, chosen: Config, chain: Chain, *tensors: Tensor) -> bool:
+    """Whether a step's summary columns are a block: whole, power-of-two rows of it, from the first on."""
     if chain.strided or not run.summary or run.tokens:
         return False
-    fits = keys % run.c == 0 and run.c & (run.c - 1) == 0 and tensors[0].shape[1] % run.summary == 0
-    return fits and _copies(chain, *tensors)
+    fits = chosen.keys % run.c == 0 and run.c & (run.c - 1) == 0 and tensors[0].shape[1] % run.summary == 0
+    return fits and _copies_tiles(chosen, chain, *tensors)
 
 
 def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
@@ -219,7 +230,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, numbers: 
                 _walk_forward(chain, run, walked, turn > 0, q, k, v, out, lse, scale)
                 continue
             chosen, tiles, per, advance, single = _tiling("forward", chain, q, v)
-            copied, sum_copied = _copies(chain, q, k, v), _copies_summary(run, chain, chosen.keys, k, v)
+            copied, sum_copied = _copies_tiles(chosen, chain, q, k, v), _copies_summary(run, chosen, chain, k, v)
             keys = chosen.rows if single else chosen.keys
             main = (
                 [_rows_descriptor(t, chain, n) for t, n in ((q, chosen.rows), (k, keys), (v, keys))]
@@ -334,8 +345,8 @@ def backward(
                     (q, k, v, out, lse, dout, dlse if dlse is not None else lse, delta, dq, dk, dv), scale,
                 )  # fmt: skip
                 continue
-            copied = chosen.rows == chosen.keys and _copies(chain, q, k, v, dout)
-            sum_copied = _copies_summary(run, chain, chosen.keys, k, v)
+            copied = chosen.rows == chosen.keys and _copies_tiles(chosen, chain, q, k, v, dout)
+            sum_copied = _copies_summary(run, chosen, chain, k, v)
             by_rows = [_rows_descriptor(t, chain, chosen.rows) if copied else t for t in (q, k, v, dout)]
             by_summary = [_summary_descriptor(t, run, chosen.keys) if sum_copied else t for t in (k, v)]
             numbers_of = [
@@ -365,7 +376,7 @@ def backward(
             chosen = config("keys", "fixed", *widths)
             most = C if is_global else -(-S // L) * C
             tiles = triton.cdiv(most, chosen.keys)
-            copied = _copies(rows_chain, q, dout)
+            copied = _copies_tiles(chosen, rows_chain, q, dout)
             by_rows = [_rows_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (q, dout)]
             numbers_of = [_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (lse, delta)]
             compact_backward[(tiles * B * run.heads,)](
