@@ -1,4 +1,4 @@
-"""What the three scripts share: compose by Hydra, run, and turn a user's mistake into one message and exit code 1."""
+"""What the commands share: compose by Hydra, run, and turn a user's mistake into one message and exit code 1."""
 
 from __future__ import annotations
 

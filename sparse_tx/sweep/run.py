@@ -105,7 +105,7 @@ def _conclude(space: Sequence[Axis], rows: Sequence[Row], folder: Path) -> None:
 
 
 def _each(function: Callable[[DictConfig], Any], config_name: str, members: Sequence[Sequence[str]]) -> list[str]:
-    """Members of evaluate.py or sample.py: nothing is kept of them, so nothing is skipped."""
+    """Members of evaluate, sample or export: nothing is kept of them, so nothing is skipped."""
     failed = []
     for number, overrides in enumerate(members):
         name = " ".join(overrides)
