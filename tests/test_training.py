@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from sparse_tx.checkpoint import read_checkpoint
 from sparse_tx.config import OptimizerConfig
 from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.training.ema import decay_at
+from sparse_tx.training.module import TrainingModule
 from sparse_tx.training.optimizer import build_optimizer, schedule, warmup_steps
 
 
@@ -68,6 +71,31 @@ def test_a_deadline_ends_with_a_checkpoint_and_auto_resume_goes_on_exactly(train
     assert resumed["steps"] == 300
     whole = trained(*settings)
     assert same(*(trained_state(Path(r["checkpoint"]).parent / "last.ckpt") for r in (resumed, whole)))
+
+
+def test_a_run_cut_off_within_a_step_goes_on_with_the_losses_and_validations_of_a_whole_one(
+    trained, monkeypatch, capsys
+):
+    settings = ("trainer.max_steps=10", "callbacks.validate_every=4")
+    whole = trained(*settings)
+    seen = re.findall(r"^step .* validation .*$", capsys.readouterr().out, re.M)
+
+    def cut(module, batch, number):
+        if module.global_step == 5:
+            raise KeyboardInterrupt
+        return step(module, batch, number)
+
+    step = TrainingModule.training_step
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingModule, "training_step", cut)
+        handler = signal.getsignal(signal.SIGINT)
+        with pytest.raises(SystemExit):
+            trained(*settings, "name=cut")
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored: its process is about to end
+    capsys.readouterr()
+    rest = trained(*settings, "name=cut", "resume=auto")
+    assert re.findall(r"^step .* validation .*$", capsys.readouterr().out, re.M) == seen[1:]
+    assert losses(rest) == {k: v for k, v in losses(whole).items() if k >= 5}
 
 
 def test_auto_resume_passes_over_damaged_and_foreign_checkpoints(trained, capsys):

@@ -89,6 +89,13 @@ class LastCheckpoint(Callback):
     def __init__(self, folder: Path) -> None:
         self.path = folder / LAST
 
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        # A checkpoint left in the middle of a step counts the batch that it never finished: without this the run that
+        # goes on from it would validate a step early from then on, and log what it does at the step after.
+        loop = trainer.fit_loop.epoch_loop
+        loop.batch_progress.total.ready = trainer.global_step + 1
+        loop._batches_that_stepped = trainer.global_step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.save_checkpoint(self.path)
 
