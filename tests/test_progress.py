@@ -115,6 +115,11 @@ def test_a_run_opens_with_what_it_costs_and_where_each_pattern_is(trained, capsy
     assert re.search(r"^backend: blocked on cpu, 32-true$", out, re.M)
 
 
+def test_a_run_counts_all_its_steps_wherever_entries_and_validations_fall(trained, capsys):
+    trained("trainer.max_steps=11", "callbacks.log_every=4", "callbacks.validate_every=3")
+    assert re.search(r"^trained: 11 steps in ", capsys.readouterr().out, re.M)
+
+
 def test_a_run_ends_with_its_best_step(trained, capsys):
     run = trained()
     found = re.search(r"^validation: .* ema weights, step (\d)$", capsys.readouterr().out, re.M)

@@ -226,12 +226,9 @@ class Progress(Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        elapsed, steps = now - self._mark[0], step - self._mark[1]
-        self._mark = now, step
+        elapsed, steps = self._count(now, step)
         if not steps:
             return
-        self.seconds += elapsed
-        self.steps += steps
         rate = steps * self.bytes_a_step / elapsed
         learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         numbers = {"train/bytes_per_second": rate, "train/learning_rate": learning_rate}
@@ -243,6 +240,16 @@ class Progress(Callback):
             bits = float(trainer.callback_metrics["train/bits_per_dim"])
             left = self._left(now, step, elapsed / steps)
             self.display.entry(Entry(step, bits, rate, utilisation, learning_rate, left))
+
+    def _count(self, now: float, step: int) -> tuple[float, int]:
+        """Ends a stretch of training and begins the next. Returns its seconds and steps."""
+        assert self._mark is not None
+        elapsed, steps = now - self._mark[0], step - self._mark[1]
+        self._mark = now, step
+        if steps:
+            self.seconds += elapsed
+            self.steps += steps
+        return elapsed, steps
 
     def leave_out(self, seconds: float) -> None:
         """Seconds since the last entry that were not training."""
@@ -258,8 +265,19 @@ class Progress(Callback):
         allowed = None if self.deadline is None else self.deadline.time_remaining()
         return left if allowed is None else max(0.0, min(left, allowed))
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause(trainer)
+
+    def _pause(self, trainer: Trainer) -> None:
+        """What was trained since the last entry counts; what comes until the next batch does not."""
+        if self._mark is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._count(time.perf_counter(), trainer.global_step)
+            self._mark = None
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark = None
+        self._pause(trainer)
         if trainer.is_global_zero:
             self.display.start(trainer.global_step, training=trainer.state.fn == TrainerFn.FITTING)
 
