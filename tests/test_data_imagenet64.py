@@ -285,7 +285,7 @@ def test_a_disk_that_fills_while_decoding_leaves_no_half_made_cache(tmp_path, im
     ("version", "remedy"), [("oord", "academictorrents"), ("box", "Log in at https://image-net.org")]
 )
 def test_what_no_source_serves_ends_with_how_to_get_it(monkeypatch, version, remedy):
-    dead = dict.fromkeys(imagenet64.FILES[version], ("http://127.0.0.1:9/", None))
+    dead = [f"http://127.0.0.1:9/{url.rpartition('/')[2]}" for url in imagenet64.FILES[version]]
     monkeypatch.setattr(imagenet64, "FILES", {version: dead})
     with pytest.raises(
         UserError, match=rf"could not download ImageNet64 \(version {version}.*{remedy}.*data\.source=FOLDER"
