@@ -75,13 +75,17 @@ def test_a_long_recording_is_the_same_in_pieces(tmp_path):
     assert np.array_equal(read_recording(tmp_path / "a.wav"), encode_mu_law(sound.astype(np.float32)))
 
 
-@pytest.mark.parametrize("form", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("form", ["wav", "flac", "ogg", "opus", "mp3", "aiff", "rf64"])
 def test_a_recording_that_breaks_off_is_refused_by_name(tmp_path, form):
-    soundfile.write(tmp_path / f"whole.{form}", tone(440, 4), RATE)
-    data = (tmp_path / f"whole.{form}").read_bytes()
-    (tmp_path / f"cut.{form}").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=rf"cut\.{form} .*(breaks off|cannot be read)"):
-        read_recording(tmp_path / f"cut.{form}")
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, 8 * RATE)  # noise: an Ogg file of many pages
+    whole = tmp_path / f"whole.{form}"
+    soundfile.write(whole, sound, RATE, format={"opus": "OGG"}.get(form), subtype={"opus": "OPUS"}.get(form))
+    assert len(read_recording(whole)) == pytest.approx(len(sound), rel=0.05)
+    data = whole.read_bytes()
+    for share in (0.3, 0.5, 0.9):
+        (tmp_path / f"cut.{form}").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(UserError, match=rf"cut\.{form} .*(breaks off|cannot be read)"):
+            read_recording(tmp_path / f"cut.{form}")
 
 
 def test_what_is_no_sound_is_refused_by_name(tmp_path):

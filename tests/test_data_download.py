@@ -1,9 +1,12 @@
 """Downloads against a server on this machine that breaks off, refuses, lies and changes its mind."""
 
+import errno
 import hashlib
+import http.client
 import http.server
 import io
 import multiprocessing
+import ssl
 import tarfile
 import threading
 import zipfile
@@ -27,6 +30,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.seen: list[tuple[str, int]] = []
         self.cut: int | None = None  # the next answer stops after so many bytes
         self.errors: list[int] = []  # the next answers are these
+        self.type: str | None = None
         self.ranges = True
 
     def url(self, path="/file"):
@@ -54,6 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         self.send_header("ETag", etag)
+        if self.server.type:
+            self.send_header("Content-Type", self.server.type)
         self.send_header("Content-Length", str(len(data) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
@@ -144,7 +150,7 @@ def test_a_mirror_goes_on_with_what_the_first_address_left(server, tmp_path, dat
 
 
 def test_an_error_of_the_server_is_tried_again_and_a_missing_file_is_not(server, tmp_path, data):
-    server.files["/file"], server.errors = data, [503, 500]
+    server.files["/file"], server.errors = data, [503, 429]
     assert fetch([server.url()], tmp_path / "file").read_bytes() == data
     with pytest.raises(UserError, match=r"could not download it \(http://127\.0\.0\.1:\d+/gone: Not Found\)"):
         fetch([server.url("/gone")], tmp_path / "other")
@@ -178,6 +184,36 @@ def test_without_a_stated_hash_the_first_download_is_written_down_and_a_change_r
     with pytest.raises(UserError, match=r"that of the first download \(remove .*file\.sha256 to take the new file\)"):
         fetch([server.url()], tmp_path / "file")
     assert not path.exists()
+
+
+def test_a_hash_that_a_full_disk_left_unwritten_is_none(server, tmp_path, data):
+    server.files["/file"] = data
+    (tmp_path / "file.sha256").touch()
+    assert fetch([server.url()], tmp_path / "file").read_bytes() == data
+    assert (tmp_path / "file.sha256").read_text().strip() == hashlib.sha256(data).hexdigest()
+
+
+def test_a_web_page_is_not_taken_for_the_first_download(server, tmp_path, data):
+    server.files["/file"], server.type = b"<html>sign in first</html>", "text/html; charset=utf-8"
+    with pytest.raises(UserError, match=r"a web page in place of the file\)\. Do it by hand"):
+        fetch([server.url()], tmp_path / "file")
+    server.files["/file"], server.type = data, "application/octet-stream"
+    assert fetch([server.url()], tmp_path / "file").read_bytes() == data
+
+
+def test_a_network_that_goes_away_meanwhile_is_tried_again(server, tmp_path, data, monkeypatch):
+    server.files["/file"] = data
+    errors = [OSError(errno.EHOSTUNREACH, "No route to host"), ssl.SSLError("bad record mac")]
+    read1 = http.client.HTTPResponse.read1
+
+    def failing(response, n=-1):
+        if errors:
+            raise errors.pop(0)
+        return read1(response, n)
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", failing)
+    assert fetch([server.url()], tmp_path / "file").read_bytes() == data
+    assert len(server.seen) == 3
 
 
 def test_what_does_not_fit_on_the_disk_is_told_before_it_is_sent(server, tmp_path, data, monkeypatch):

@@ -101,6 +101,16 @@ def test_an_image_of_another_kind_is_refused_by_name(image, message):
     assert "image 3 of train.parquet" in str(refused.value)
 
 
+def test_a_picture_in_parquet_that_does_not_fit_is_refused_or_left_out(tmp_path, images, capsys):
+    source = write_parquet(tmp_path / "a", [*images[:3], images[3, ..., 0], *images[4:30]], images[30:32])
+    with pytest.raises(UserError, match=r"image 3 of .*train\.parquet is grey.*data\.unreadable=skip"):
+        prepare(cifar(source))
+    prepared = prepare(cifar(source, unreadable="skip"))
+    assert prepared.meta["counts"] == {"train": 28, "validation": 1, "test": 2}
+    assert prepared.meta["left_out"] == 1
+    assert "image 3 of" in capsys.readouterr().err
+
+
 def test_broken_sources_of_images_are_refused(tmp_path, images):
     whole = write_parquet(tmp_path / "a", images[:4], images[4:5])
     cut = tmp_path / "cut"

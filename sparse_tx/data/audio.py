@@ -21,7 +21,7 @@ from sparse_tx.data.store import Writer
 from sparse_tx.data.unreadable import Unreadable
 from sparse_tx.errors import UserError
 
-VERSION = 1
+VERSION = 2
 # MusicNet (Thickstun, Harchaoui, Kakade 2017): 330 recordings of classical music, 34 hours, freely licensed (Creative
 # Commons or public domain, by recording; see musicnet_metadata.csv at the same place), 11.1 GB. Zenodo's record, then
 # the authors' own page.

@@ -11,6 +11,7 @@ from sparse_tx.data.download import fetch
 from sparse_tx.data.source import file_identity, file_sha256, local_path
 from sparse_tx.data.spec import DataSpec
 from sparse_tx.data.store import Writer
+from sparse_tx.data.unreadable import Unreadable
 from sparse_tx.errors import UserError
 
 VERSION = 1
@@ -39,12 +40,14 @@ def identify(spec: DataSpec) -> dict[str, Any]:
     if spec.source is None:
         return {"url": URLS[0], "md5": MD5}
     files = _local(spec.source)
-    return {"files": file_identity(files.all)}
+    return {"files": file_identity(files.all), "unreadable": spec.unreadable}
 
 
 def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
     files = _downloaded(spec, download) if spec.source is None else _local(spec.source)
-    train, test = cifar10_files.read(files)
+    unreadable = Unreadable(spec.unreadable)
+    train, test = cifar10_files.read(files, unreadable)
+    unreadable.report()
     if len(train) < 2:
         raise UserError(f"data.source={spec.source} has {len(train)} training images: at least 2 are needed")
     train, test = _by_hash(train), _by_hash(test)
@@ -55,6 +58,7 @@ def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
         "source": f"{URLS[0]} or a copy of it" if spec.source is None else str(local_path(spec.source)),
         "sha256": {"source": {path.name: file_sha256(path) for path in files.all}},
         "split_rule": RULE,
+        **unreadable.meta(),
     }
 
 

@@ -61,10 +61,13 @@ def find(path: Path, told: str) -> Files:
     )
 
 
-def read(files: Files) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test images, (N, 3072) uint8, row by row, R G B of a pixel together."""
+def read(files: Files, unreadable: Unreadable) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images, (N, 3072) uint8, row by row, R G B of a pixel together.
+
+    unreadable: told of each picture in parquet that cannot be used; a batch file is whole or refused.
+    """
     if files.form == "parquet":
-        return _read_parquet(files.train), _read_parquet(files.test)
+        return _read_parquet(files.train, unreadable), _read_parquet(files.test, unreadable)
     if files.form == "batches":
         batches = {path.name: _read_batch(path.read_bytes(), str(path)) for path in files.all}
     else:
@@ -72,8 +75,8 @@ def read(files: Files) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([batches[name] for name in TRAIN_BATCHES]), batches[TEST_BATCH]
 
 
-def _read_parquet(paths: list[Path]) -> np.ndarray:
-    parts = list(read_parquet(paths, SIDE, Unreadable("refuse"), "CIFAR-10"))
+def _read_parquet(paths: list[Path], unreadable: Unreadable) -> np.ndarray:
+    parts = list(read_parquet(paths, SIDE, unreadable, "CIFAR-10"))
     return np.concatenate(parts) if parts else np.empty((0, 3 * SIDE * SIDE), np.uint8)
 
 

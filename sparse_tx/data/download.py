@@ -94,8 +94,16 @@ def _fetched(url: str, target: Path, what: str, check: Check | None, problems: l
 def _is_no_use(error: Exception) -> bool:
     """Whether another try of the same address is in vain: the file is not there, or the host is not."""
     if isinstance(error, urllib.error.HTTPError):
-        return 400 <= error.code < 500
+        return 400 <= error.code < 500 and error.code not in (408, 429)  # too slow, too many requests: later perhaps
     return isinstance(getattr(error, "reason", None), socket.gaierror | ConnectionRefusedError)
+
+
+def _received(response) -> bytes:
+    """The next bytes. What breaks here is the connection, whatever the system calls it, and not the disk."""
+    try:
+        return response.read1(CHUNK // 16)
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(str(error) or type(error).__name__) from error
 
 
 class _Stated:
@@ -117,10 +125,10 @@ class _Pinned:
 
     def __call__(self, path: Path) -> str | None:
         found = file_digest(path, "sha256")
-        if not self.pin.exists():
+        wanted = self.pin.read_text().strip() if self.pin.exists() else ""
+        if not wanted:  # none, or a full disk left it empty
             self.pin.write_text(found + "\n")
-        wanted = self.pin.read_text().strip()
-        if found == wanted:
+        if wanted in ("", found):
             return None
         return (
             f"sha256 {found} instead of {wanted}, that of the first download (remove {self.pin} to take the new file)"
@@ -156,6 +164,8 @@ class _Part:
                 raise _Broken("the part was longer than the file and is dropped") from error
             raise
         with response:
+            if response.headers.get_content_type() == "text/html":  # a sign-in or an error page: never a file of data
+                raise _Useless("a web page in place of the file")
             resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             length = response.headers.get("Content-Length")
             expected = int(length) + (have if resumed else 0) if length is not None else None
@@ -184,7 +194,7 @@ class _Part:
     @staticmethod
     def _copy(response, file, progress: Progress, hurry: bool):
         started, received = time.monotonic(), 0
-        while chunk := response.read1(CHUNK // 16):
+        while chunk := _received(response):
             file.write(chunk)
             progress.add(len(chunk))
             received += len(chunk)

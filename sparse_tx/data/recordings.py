@@ -1,7 +1,9 @@
 """One recording to its bytes: mono, 12 kHz, 8-bit mu-law."""
 
+import io
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +14,7 @@ from sparse_tx.errors import UserError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 BLOCK = 1 << 18  # frames at a time: a recording of hours takes the memory of seconds
+OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the longest one
 STREAMED = 0x7FFF0000  # a WAV header written before the length was known claims about 2^31 or 2^32 bytes
 
 
@@ -29,6 +32,7 @@ def stream_recording(source: Path | BinaryIO, where: str) -> Iterator[np.ndarray
     """
     soundfile, soxr = _libraries()
     try:
+        _check_ogg(source, where)
         with soundfile.SoundFile(source) as file:
             _check_whole(file.extra_info, where)
             resampler = soxr.ResampleStream(file.samplerate, RATE, 1, dtype="float32", quality="VHQ")
@@ -53,6 +57,7 @@ def probe_recording(path: Path):
     """UserError for what can be told without reading a recording to its end."""
     soundfile, _ = _libraries()
     try:
+        _check_ogg(path, str(path))
         with soundfile.SoundFile(path) as file:
             _check_whole(file.extra_info, str(path))
             if file.frames == 0:
@@ -76,8 +81,24 @@ def _libraries() -> tuple[Any, Any]:
     return soundfile, soxr
 
 
+def _check_ogg(source: Path | BinaryIO, where: str):
+    """libsndfile reads an Ogg file that was cut short as a shorter one: its marked last page must be there, whole."""
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        start = file.read(4)
+        file.seek(max(0, file.seek(0, io.SEEK_END) - 2 * OGG_PAGE))  # some bytes may follow the last page
+        tail = file.read()
+        file.seek(0)
+    if start != b"OggS":
+        return
+    page = tail[max(0, tail.rfind(b"OggS\0")) :]
+    # RFC 3533: flags at 5, of which 4 is the end; at 26 how many segments follow, at 27 and on how long they are.
+    whole = len(page) > 27 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+    if not (whole and page[5] & 4):
+        raise UserError(f"{where} breaks off: the last page of its Ogg stream is missing. Get it again")
+
+
 def _check_whole(log: str, where: str):
-    """libsndfile reads a WAV file that was cut short as a shorter one, and says so only in its log."""
-    match = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    """libsndfile reads WAV, RF64 and AIFF files that were cut short as shorter ones, and says so only in its log."""
+    match = re.search(r"^\s*(?:data|SSND|Riff size) +: (\d+) \(should be (\d+)\)", log, re.MULTILINE)
     if match is not None and int(match[2]) < int(match[1]) < STREAMED:
         raise UserError(f"{where} breaks off after {match[2]} of {match[1]} bytes of sound: get it again")
