@@ -1,5 +1,7 @@
 """What a model will see: counts, splits and hashes of a prepared dataset, and a few examples as files to look at."""
 
+import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +74,15 @@ def draw_text(windows: np.ndarray, path: Path):
     counts.bar(range(256), np.bincount(windows.reshape(-1), minlength=256), width=1.0)
     counts.set(title=f"bytes of {windows.size:,}", xlabel="value", yscale="log", xlim=(-1, 256))
     page.axis("off")
-    lines = "\n".join(("\n".join(text_of(w).splitlines()[:8]) + "\n" + "-" * 40) for w in windows).replace("$", r"\$")
-    page.text(0, 1, "\n".join(line[:120] for line in lines.splitlines()), family="monospace", fontsize=8, va="top")
-    figure.savefig(path, dpi=90)
+    lines: list[str] = []
+    for window in windows:
+        for line in text_of(window).splitlines()[:8]:
+            lines += textwrap.wrap(line, 120, replace_whitespace=False) or [""]
+        lines.append("-" * 40)
+    page.text(0, 1, "\n".join(lines).replace("$", r"\$"), family="monospace", fontsize=8, va="top")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+")  # of a script that the font lacks: a box; printed it is whole
+        figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
