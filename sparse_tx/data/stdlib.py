@@ -49,9 +49,10 @@ def identify(spec: DataSpec) -> dict[str, Any]:
     folder = library_folder(spec)
     files = library_files(folder)
     if missing := set(SPLITS) - {split_of(path) for path in files}:
+        why = "" if spec.source else ": this Python comes without its library as source"
         raise UserError(
-            f"too few *.py files in {folder} ({len(files)}; none for {', '.join(sorted(missing))}): this Python "
-            "comes without its library as source; give a folder of Python files by data.source=FOLDER"
+            f"too few *.py files in {folder} ({len(files)}; none for {', '.join(sorted(missing))}){why}; give a folder "
+            "of Python files by data.source=FOLDER, or text of any kind by data=enwik8 data.source=FILE"
         )
     # By content: another release, or the same one elsewhere, is told by its bytes and not by its place.
     return {"files": [[path, file_sha256(folder / path)] for path in files]}
