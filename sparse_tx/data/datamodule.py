@@ -75,8 +75,8 @@ class DataModule(lightning.LightningDataModule):
 
     Training batches: tokens (b, S) uint8 and rows (b,) int64, each row's place in the global batch. Evaluation:
     tokens (b, S) uint8 and first_scored (b,) int64: positions from there on are scored. overfit: the first training
-    batch over and over. Ranks share the windows
-    exactly, so one may have a batch more than another: reduce sums after the last batch, not in between.
+    batch over and over. Ranks share the windows exactly, so one may have a batch more than another: reduce sums after
+    the last batch, not in between.
     Without a trainer it is the only rank and starts at step 0. The trainer must not put samplers of its own in
     (`use_distributed_sampler=False`), nor accumulate batches: a batch is a whole step.
     """
