@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -14,11 +13,7 @@ import torch
 
 import sparse_tx
 from sparse_tx.checkpoint import Checkpoint
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from sparse_tx.data.source import file_sha256
 
 
 def bits_by_sample(nats: np.ndarray, prompt: int) -> list[dict[str, float]]:
@@ -43,12 +38,12 @@ def write_manifest(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     manifest = {
         "checkpoint": str(checkpoint.path.resolve()),
-        "checkpoint_sha256": sha256_of(checkpoint.file),
+        "checkpoint_sha256": file_sha256(checkpoint.file),
         "step": checkpoint.step,
         "data": checkpoint.config["data"]["name"],
         "kind": checkpoint.spec.kind,
         "settings": settings,
-        "prompts": [{"file": str(p.resolve()), "sha256": sha256_of(p)} for p in prompts],
+        "prompts": [{"file": str(p.resolve()), "sha256": file_sha256(p)} for p in prompts],
         "versions": {
             "sparse_tx": sparse_tx.__version__,
             "torch": torch.__version__,

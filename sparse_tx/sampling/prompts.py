@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from sparse_tx.data.image_files import PICTURES
 from sparse_tx.data.recordings import SUFFIXES, read_recording
 from sparse_tx.errors import UserError
 from sparse_tx.model import ModelSpec
-
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def prompt_files(path: str, kind: str) -> list[Path]:
@@ -21,7 +20,7 @@ def prompt_files(path: str, kind: str) -> list[Path]:
         return [given]
     if not given.is_dir():
         raise UserError(f"prompt={path} does not exist: give the path of a file, or of a folder of them")
-    suffixes = {"image": IMAGES, "audio": SUFFIXES}.get(kind)
+    suffixes = {"image": PICTURES, "audio": SUFFIXES}.get(kind)
     try:
         files = [p for p in sorted(given.iterdir()) if p.is_file() and not p.name.startswith(".")]
     except OSError as error:
