@@ -56,3 +56,9 @@ def test_text_is_printed_with_counts_and_hashes(compose, tmp_path, capsys):
 
 def test_bytes_that_cannot_be_printed_are_shown_as_such():
     assert describe.text_of(np.frombuffer("é\t\x1b[31m\n".encode() + b"\xff", np.uint8)) == "é\\t\\x1b[31m\n\\xff"
+
+
+def test_a_script_that_the_font_lacks_is_drawn_without_warnings(tmp_path):
+    text = "日本語の文章 $x^2$ $ and a long line " * 20
+    describe.draw_text(np.frombuffer(text.encode()[:600], np.uint8)[None], tmp_path / "text.png")
+    assert (tmp_path / "text.png").stat().st_size > 1000
