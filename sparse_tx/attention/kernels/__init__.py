@@ -32,18 +32,24 @@ def _too_old(index: int) -> str:
 _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def no_kernels(device: torch.device) -> str | None:
+    """Why no Triton kernel runs on this device; None if they do. No work on it."""
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the tensors are on {device.type}: the kernels need a CUDA GPU"
+    if device.type == "cuda" and (have := _too_old(torch.cuda.current_device() if device.index is None else device.index)):
+        return f"the GPU has compute capability {have}: the kernels need 8.0 or newer"
+    return None
+
+
 def unsupported(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[AllowsKeys]) -> str | None:
     """Why the kernels cannot run these inputs, with what would; None if they can. No work on the device."""
-    if not _HAS_TRITON:
-        return "triton is not installed; use backend='blocked'"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
-        return f"the tensors are on {q.device.type}: the kernels need a CUDA GPU; use backend='blocked'"
-    if q.is_cuda and (have := _too_old(q.device.index)):
-        return f"the GPU has compute capability {have}: the kernels need 8.0 or newer; use backend='blocked'"
+    if (reason := no_kernels(q.device)) is not None:
+        return f"{reason}; use backend='blocked'"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype}: the kernels know float16, bfloat16 and float32; use backend='blocked'"
-    if interpreted and q.dtype == torch.bfloat16:
+    if os.environ.get("TRITON_INTERPRET") == "1" and q.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly: use float16 or float32, or backend='blocked'"
     for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
         if width % 8 or not 16 <= width <= 256:

@@ -1,0 +1,108 @@
+"""The forward pass of all residual blocks by fused kernels: the same model as `block.py`, in fewer trips to memory.
+
+A product whose result is added to the residual stream, the dropout, the sum and the LayerNorm that follows are one
+step, also across the border of two blocks: between blocks travel the stream and its norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from sparse_tx.attention import packed_attention
+from sparse_tx.model.block import ResidualBlock
+from sparse_tx.model.fused.linear import feed_forward, joined, linear
+from sparse_tx.model.fused.norm import norm
+
+_KEPT = {"activation": "u", "feedforward": "none"}  # of the feed-forward's hidden units, by recompute policy
+
+
+class Rounded:
+    """The blocks' matrices, and the biases that the products add, in the dtype of the products.
+
+    Rounded once a forward pass by one launch for many tensors, where autocast does so for each: 128 layers have 768.
+    """
+
+    def __init__(self, blocks: list[ResidualBlock]) -> None:
+        self._own: list[Tensor] = []
+        for block in blocks:
+            qkv, out, expand, contract = block.attention.qkv, block.attention.out, block.ff.expand, block.ff.contract
+            self._own += [qkv.weight, qkv.bias, out.weight, expand.weight, expand.bias, contract.weight]
+        self._kept: list[Tensor] = []
+
+    def __call__(self, dtype: torch.dtype) -> list[list[Tensor]]:
+        """By layer: qkv and its bias, out, expand and its bias, contract."""
+        chosen = [p.detach() for p in self._own]
+        if dtype != chosen[0].dtype:
+            if not self._kept or self._kept[0].dtype != dtype or self._kept[0].device != chosen[0].device:
+                self._kept = [torch.empty_like(p, dtype=dtype) for p in chosen]
+            torch._foreach_copy_(self._kept, chosen)
+            chosen = self._kept
+        return [chosen[i : i + 6] for i in range(0, len(chosen), 6)]
+
+
+class FusedBlocks:
+    """Runs the blocks of a Transformer. residual: dtype of the residual stream, None for that of the embedding."""
+
+    def __init__(self, blocks: list[ResidualBlock], residual: torch.dtype | None) -> None:
+        self.blocks, self.residual = blocks, residual
+        self._rounded = Rounded(blocks)
+
+    def __call__(self, h: Tensor, keys: Tensor | None) -> Tensor:
+        """h (B, S, C) -> (B, S, C), before the final norm. keys: (layers, 2, B, 2) of `dropout_keys`."""
+        kind = h.device.type
+        dtype = (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.blocks[0].ff_norm.weight.dtype
+        )
+        if self.residual is not None:
+            h = h.to(self.residual)
+        with torch.autocast(kind, enabled=False):
+            x = None
+            for layer, (block, low) in enumerate(zip(self.blocks, self._rounded(dtype), strict=True)):
+                following = self.blocks[layer + 1].attention_norm if layer + 1 < len(self.blocks) else None
+                h, x = _run(block, low, h, x, None if keys is None else keys[layer], following)
+        return h
+
+
+def _run(block: ResidualBlock, low: list[Tensor], h: Tensor, x: Tensor | None, keys: Tensor | None, following):
+    """One block. h: the residual stream, x: its norm, made here if None; following: the norm of the next block."""
+    again = block.recompute if torch.is_grad_enabled() else "none"
+    if again in ("block", "cheap"):
+        # One tensor a layer is kept between blocks, so each makes its norm.
+        contexts = {"context_fn": _keep_attention} if again == "cheap" else {}
+        return _again(lambda h: _block(block, low, h, None, keys, None, again)[0], h, **contexts), None
+    return _block(block, low, h, x, keys, following, again)
+
+
+def _block(block: ResidualBlock, low: list[Tensor], h: Tensor, x: Tensor | None, keys: Tensor | None, following, again):
+    if x is None:
+        h, x = norm(h, block.attention_norm, low[0].dtype)
+    keys_of = (None, None) if keys is None else (keys[0], keys[1])
+    attend = partial(_attention, block, low, keys_of[0])
+    h, x = _again(attend, h, x) if again == "attention" else attend(h, x)
+    return feed_forward(x, block.ff, low[3:], _KEPT.get(again, "both"), h, keys_of[1], block.dropout, following)
+
+
+def _attention(block: ResidualBlock, low: list[Tensor], key: Tensor | None, h: Tensor, x: Tensor):
+    attention = block.attention
+    qkv = linear(x, attention.qkv, low[0], low[1])
+    out = packed_attention(qkv, attention.heads, attention.qk, attention.patterns, backend=attention.backend)
+    return joined(out.flatten(-2), attention.out, low[2], h, key, block.dropout, block.ff_norm)
+
+
+def _again(function: Callable, *args, **contexts):
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    dear = op is torch.ops.sparse_tx.packed_attention.default
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention():
+    """Attention's output and log-sum-exp are kept, all else is made again: it costs the most a byte."""
+    return create_selective_checkpoint_contexts(_policy)

@@ -1,0 +1,196 @@
+"""Products of the block with weights that were rounded once a step, and the feed-forward around its activation.
+
+The products are the library's. Gradients of weights leave them in the dtype of the parameters, not rounded on the way.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_tx.attention.kernels import interpreted  # noqa: F401
+from sparse_tx.model.fused.norm import PROGRAMS, Kept, Sum, sum_backward, sum_forward, tile_of, total
+
+
+def weight_gradient(d_y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """d_y^T x in `dtype`. d_y: (T, N), x: (T, K) -> (N, K)."""
+    if d_y.is_cuda and d_y.dtype != dtype:
+        return torch.mm(d_y.t(), x, out_dtype=dtype)
+    return (d_y.t() @ x).to(dtype)
+
+
+@triton.jit
+def column_sums(X, SUMS, T, blocks, N: tl.constexpr, BN: tl.constexpr, R: tl.constexpr):
+    """SUMS: (programs, BN), this program's share of the sums of the columns of X (T, N)."""
+    columns = tl.arange(0, BN)
+    total = tl.zeros([R, BN], tl.float32)
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=2):
+        rows = block * R + tl.arange(0, R)
+        inside = (rows < T)[:, None] & (columns < N)[None, :]
+        total += tl.load(X + rows.to(tl.int64)[:, None] * N + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(SUMS + tl.program_id(0) * BN + columns, tl.sum(total, 0))
+
+
+def bias_gradient(d_y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of the columns of d_y (T, N), in a fixed order."""
+    T, N = d_y.shape
+    BN, R = tile_of(N)
+    blocks = triton.cdiv(T, R)
+    sums = torch.empty(min(PROGRAMS, blocks), BN, dtype=torch.float32, device=d_y.device)
+    column_sums[(len(sums),)](d_y, sums, T, blocks, N=N, BN=BN, R=R, num_warps=4)
+    return total(sums)[:N].to(dtype)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, low, low_bias):
+        ctx.save_for_backward(x, low)
+        ctx.dtype = weight.dtype
+        return torch.addmm(low_bias, x.flatten(0, -2), low.t()).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_y):
+        x, low = ctx.saved_tensors
+        d_y = d_y.flatten(0, -2)
+        d_x = (d_y @ low).unflatten(0, x.shape[:-1])
+        d_weight = weight_gradient(d_y, x.flatten(0, -2), ctx.dtype)
+        return d_x, d_weight, bias_gradient(d_y, ctx.dtype), None, None
+
+
+def linear(x: Tensor, layer: torch.nn.Linear, low: Tensor, low_bias: Tensor) -> Tensor:
+    """layer(x), x (..., K). low, low_bias: the layer's weight and bias in the dtype of x."""
+    return _Linear.apply(x, layer.weight, layer.bias, low, low_bias)
+
+
+@triton.jit
+def activation_forward(U, Y, T, F: tl.constexpr, BF: tl.constexpr, R: tl.constexpr):
+    """Y = u sigmoid(1.702 u)."""
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    columns = tl.arange(0, BF)
+    inside = (rows < T)[:, None] & (columns < F)[None, :]
+    at = rows.to(tl.int64)[:, None] * F + columns[None, :]
+    u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(Y + at, (u * (1 / (1 + tl.exp(-1.702 * u)))).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activation_backward(
+    U, D, Y, SUMS, T, blocks, F: tl.constexpr, BF: tl.constexpr, R: tl.constexpr, AGAIN: tl.constexpr
+):
+    """D holds the gradient of the activation and gets that of u. AGAIN: Y gets the activation once more.
+
+    SUMS: (programs, BF), this program's share of the gradient of the bias.
+    """
+    columns = tl.arange(0, BF)
+    total = tl.zeros([R, BF], tl.float32)
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=2):
+        rows = block * R + tl.arange(0, R)
+        inside = (rows < T)[:, None] & (columns < F)[None, :]
+        at = rows.to(tl.int64)[:, None] * F + columns[None, :]
+        u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(D + at, mask=inside, other=0.0).to(tl.float32)
+        s = 1 / (1 + tl.exp(-1.702 * u))
+        d = (d * (s + 1.702 * u * s * (1 - s))).to(D.dtype.element_ty)
+        tl.store(D + at, d, mask=inside)
+        total += d.to(tl.float32)
+        if AGAIN:
+            tl.store(Y + at, (u * s).to(Y.dtype.element_ty), mask=inside)
+    tl.store(SUMS + tl.program_id(0) * BF + columns, tl.sum(total, 0))
+
+
+def activation(u: Tensor) -> Tensor:
+    """u (T, F) -> u sigmoid(1.702 u)."""
+    T, F = u.shape
+    BF, R = tile_of(F)
+    y = torch.empty_like(u)
+    activation_forward[(triton.cdiv(T, R),)](u, y, T, F=F, BF=BF, R=R, num_warps=4)
+    return y
+
+
+class _Joined(torch.autograd.Function):
+    """h' = h + drop(y W^T + bias), LN(h')."""
+
+    @staticmethod
+    def forward(ctx, y, weight, low, h, bias, key, p, gain, shift, eps):
+        ctx.sum = Sum(bias, key, p, gain, shift, eps)
+        out, x, kept = sum_forward(h, (y.flatten(0, -2), low), ctx.sum, y.dtype)
+        ctx.save_for_backward(y, low, *kept)
+        ctx.dtype = weight.dtype
+        ctx.set_materialize_grads(False)
+        return out, x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_x):
+        y, low, *kept = ctx.saved_tensors
+        d_h, d_a, d_bias, d_gain, d_shift = sum_backward(d_out, d_x, Kept(*kept), ctx.sum, y.dtype)
+        assert d_a is not None
+        d_weight = weight_gradient(d_a, y.flatten(0, -2), ctx.dtype)
+        return (d_a @ low).view(y.shape), d_weight, None, d_h, d_bias, None, None, d_gain, d_shift, None
+
+
+def joined(y, layer, low, h, key, p, norm: torch.nn.LayerNorm | None) -> tuple[Tensor, Tensor | None]:
+    """The residual stream h with drop(layer(y)) added, and its norm in the dtype of y. y: (B, S, K), h: (B, S, C).
+
+    low: the layer's weight in the dtype of y. key: (B, 2) of `dropout_keys`; None drops nothing.
+    """
+    ends = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    return _Joined.apply(y, layer.weight, low, h, layer.bias, key, p, *ends)
+
+
+class _FeedForward(torch.autograd.Function):
+    """h' = h + drop(W2 f(u) + b2) with u = W1 x + b1, LN(h'). Keeps x, and of u and f(u) what `kept` says."""
+
+    @staticmethod
+    def forward(
+        ctx, x, expand, expand_bias, contract, low_expand, low_bias, low_contract, kept,
+        h, bias, key, p, gain, shift, eps,
+    ):  # fmt: skip
+        ctx.sum = Sum(bias, key, p, gain, shift, eps)
+        ctx.dtype = expand.dtype
+        ctx.set_materialize_grads(False)
+        u = torch.addmm(low_bias, x.flatten(0, -2), low_expand.t())
+        y = activation(u)
+        out, next_x, ends = sum_forward(h, (y, low_contract), ctx.sum, x.dtype)
+        hidden = (u if kept != "none" else None, y if kept == "both" else None)
+        ctx.save_for_backward(x, *hidden, low_expand, low_bias, low_contract, *ends)
+        return out, next_x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, d_next):
+        x, u, y, low_expand, low_bias, low_contract, *kept = ctx.saved_tensors
+        d_h, d_a, d_bias, d_gain, d_shift = sum_backward(d_out, d_next, Kept(*kept), ctx.sum, x.dtype)
+        assert d_a is not None
+        rows = x.flatten(0, -2)
+        if u is None:
+            u = torch.addmm(low_bias, rows, low_expand.t())
+        T, F = u.shape
+        BF, R = tile_of(F)
+        blocks = triton.cdiv(T, R)
+        shares = torch.empty(min(PROGRAMS, blocks), BF, dtype=torch.float32, device=u.device)
+        d_u = d_a @ low_contract
+        again = y is None
+        y = torch.empty_like(u) if again else y
+        activation_backward[(len(shares),)](u, d_u, y, shares, T, blocks, F=F, BF=BF, R=R, AGAIN=again, num_warps=4)
+        d_contract = weight_gradient(d_a, y, ctx.dtype)
+        d_expand = weight_gradient(d_u, rows, ctx.dtype)
+        return (
+            (d_u @ low_expand).view(x.shape), d_expand, total(shares)[:F], d_contract, None, None, None, None,
+            d_h, d_bias, None, None, d_gain, d_shift, None,
+        )  # fmt: skip
+
+
+def feed_forward(x, layer, low: list[Tensor], kept: str, h, key, p, norm: torch.nn.LayerNorm | None):
+    """As `joined`, of the whole feed-forward of x (B, S, C). low: weight and bias of `expand`, weight of `contract`.
+
+    kept: what is not made again in the backward pass, of W1 x + b1 and its activation: "both", "u" (the first), "none".
+    """
+    ends = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    expand, contract = layer.expand, layer.contract
+    return _FeedForward.apply(
+        x, expand.weight, expand.bias, contract.weight, *low, kept, h, contract.bias, key, p, *ends
+    )

@@ -1,0 +1,174 @@
+"""The fused blocks against the plain ones: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
+
+`test_fused_interpreted.py` runs this file in the interpreter, in a process of its own.
+"""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from sparse_tx.model import AttentionSpec, ModelSpec, Transformer  # noqa: E402
+from sparse_tx.model.dropout import counter_dropout  # noqa: E402
+from sparse_tx.model.fused.linear import activation, bias_gradient, feed_forward, joined  # noqa: E402
+from sparse_tx.model.fused.norm import norm  # noqa: E402
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+LOW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bfloat16 wrongly
+POLICIES = ("activation", "feedforward", "attention", "cheap", "block")
+
+
+def model_of(name="full", dropout=0.3, **changes):
+    """Every parameter is away from where its gradient could hide: no zero biases, no unit gains.
+
+    Dense attention by default: it is torch's, and quick in the interpreter.
+    """
+    attention = AttentionSpec(name, stride=6, c=2 if name == "fixed" else None, combine="merged")
+    spec = ModelSpec(
+        "text", context=40, layers=3, width=48, heads=3, qk=48, ff=80, attention=attention, dropout=dropout
+    )
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(spec, **changes)).to(DEVICE)
+    torch.nn.init.normal_(model.output.weight, std=0.1)
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, mean=0.5, std=0.3)
+    return model
+
+
+def trained(model, S=19, step=5, dtype=None):
+    """Loss and gradients of one step."""
+    tokens = torch.randint(256, (2, S), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    model.zero_grad()
+    at = torch.tensor(step, device=DEVICE)
+    with torch.autocast(DEVICE, dtype or torch.float16, enabled=dtype is not None):
+        logits = model(tokens, seed=3, step=at, rows=torch.arange(2, device=DEVICE))
+    loss = cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters()]
+
+
+def error(grads, exact):
+    """Of the gradient as a whole, relative."""
+    return float((sum((a - b).square().sum() for a, b in zip(grads, exact, strict=True))) ** 0.5) / float(
+        sum(b.square().sum() for b in exact) ** 0.5
+    )
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("full", 0.0), ("full", 0.3), ("strided", 0.3)])
+def test_fused_blocks_give_the_losses_and_gradients_of_plain_ones_with_the_same_masks(name, dropout):
+    model = model_of(name, dropout)
+    loss, grads = trained(model)
+    model.fuse_blocks()
+    fused_loss, fused_grads = trained(model)
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-6, atol=0)
+    for ours, theirs in zip(fused_grads, grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * float(theirs.abs().max()) + 1e-9)
+
+
+def test_the_masks_change_with_the_step_and_not_between_two_runs():
+    model = model_of()
+    model.fuse_blocks()
+    (first, grads), (again, same), (other, _) = trained(model), trained(model), trained(model, step=6)
+    assert torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+    assert first != other
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_recomputed_blocks_give_the_same_bits(recompute):
+    model = model_of()
+    model.fuse_blocks()
+    loss, grads = trained(model)
+    for block in model.blocks:
+        block.recompute = recompute
+    again, others = trained(model)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
+def test_cheap_recompute_runs_attention_once_and_block_twice(monkeypatch):
+    from sparse_tx.attention.kernels import launch
+
+    counted, forward = [], launch.forward
+    monkeypatch.setattr(launch, "forward", lambda *a: (counted.append(1), forward(*a))[1])
+    model = model_of("strided", layers=1)
+    model.fuse_blocks()
+    for recompute, times in (("none", 1), ("cheap", 1), ("block", 2)):
+        for block in model.blocks:
+            block.recompute = recompute
+        counted.clear()
+        trained(model)
+        assert len(counted) == times * len(model.blocks)
+
+
+@pytest.mark.parametrize("residual", [None, LOW])
+def test_low_precision_errs_no_more_than_twice_what_plain_blocks_err(residual):
+    # A width that the fused product takes, rows that no tile divides.
+    model = model_of(width=64, qk=64, ff=128, heads=4)
+    _, exact = trained(model)
+    _, plain = trained(model, dtype=LOW)
+    model.fuse_blocks(residual)
+    loss, grads = trained(model, dtype=LOW)
+    assert loss.isfinite()
+    assert all(g.dtype == torch.float32 for g in grads)
+    # A stream in half precision rounds where the plain one does not.
+    assert error(grads, exact) <= (2 if residual is None else 4) * error(plain, exact)
+
+
+@pytest.mark.parametrize("C", [48, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+def test_a_product_joins_the_stream_as_written_out(C, dtype):
+    generator = torch.Generator().manual_seed(2)
+    B, S, K, p = 2, 33, 72, 0.25
+    layer = torch.nn.Linear(K, C).to(DEVICE)
+    ln = torch.nn.LayerNorm(C).to(DEVICE)
+    torch.nn.init.normal_(ln.weight), torch.nn.init.normal_(ln.bias)
+    y = torch.randn(B, S, K, generator=generator).to(DEVICE, dtype).requires_grad_()
+    h = torch.randn(B, S, C, generator=generator).to(DEVICE).requires_grad_()
+    key = torch.randint(2**32, (B, 2), generator=generator).to(DEVICE)
+    low = layer.weight.detach().to(dtype)
+    out, x = joined(y, layer, low, h, key, p, ln)
+    with torch.no_grad():
+        a = (y.float() @ low.float().t()) + layer.bias
+        expected = h + counter_dropout(a, key, p)
+        eps = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(out, expected, rtol=0, atol=eps)
+        torch.testing.assert_close(x.float(), ln(expected), rtol=eps, atol=2 * eps)
+    assert (x.dtype, out.dtype) == (dtype, torch.float32)
+
+
+def test_a_norm_hands_its_input_on_and_sums_both_gradients():
+    h = torch.randn(1, 5, 24, device=DEVICE, requires_grad=True)
+    ln = torch.nn.LayerNorm(24).to(DEVICE)
+    same, x = norm(h, ln, torch.float32)
+    assert torch.equal(same, h)
+    (grad,) = torch.autograd.grad((same * 3).sum() + x.square().sum(), h)
+    (expected,) = torch.autograd.grad((h * 3).sum() + ln(h).square().sum(), h)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_feed_forward_is_that_of_the_block():
+    from sparse_tx.model.block import FeedForward
+
+    ff, ln = FeedForward(24, 40, 1).to(DEVICE), torch.nn.LayerNorm(24).to(DEVICE)
+    x, h = (torch.randn(2, 7, 24, device=DEVICE) for _ in range(2))
+    low = [p.detach() for p in (ff.expand.weight, ff.expand.bias, ff.contract.weight)]
+    out, normed = feed_forward(x, ff, low, "u", h, None, 0.0, ln)
+    torch.testing.assert_close(out, h + ff(x))
+    torch.testing.assert_close(normed, ln(h + ff(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_sums_and_activation_of_rows_that_no_tile_divides():
+    u = torch.randn(277, 80, device=DEVICE)
+    torch.testing.assert_close(bias_gradient(u, torch.float32), u.sum(0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(activation(u), u * torch.sigmoid(1.702 * u))
