@@ -16,7 +16,7 @@ from sparse_tx.attention import Block, Column, Full, Global, Summary, Window  # 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 KERNELS = (
     "attention_forward", "attention_delta", "chain_backward", "compact_backward",
     "window_forward", "window_backward", "column_forward", "column_backward",

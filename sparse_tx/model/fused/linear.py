@@ -11,7 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
-from sparse_tx.model.fused.norm import PROGRAMS, Kept, Sum, sum_backward, sum_forward, tile_of, total
+from sparse_tx.model.fused.norm import Kept, Sum, sum_backward, sum_forward, tile_of, total
+
+# Programs, at most, of what adds up columns, and elements that one holds at a time. Tuned on an H100 for 512 and 2,048
+# columns: both within 10 percent of what the bytes take.
+_PROGRAMS = 528
+_TILE = 4096
 
 
 def weight_gradient(d_y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,9 +41,9 @@ def column_sums(X, SUMS, T, blocks, N: tl.constexpr, BN: tl.constexpr, R: tl.con
 def bias_gradient(d_y: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums of the columns of d_y (T, N), in a fixed order."""
     T, N = d_y.shape
-    BN, R = tile_of(N)
+    BN, R = tile_of(N, _TILE)
     blocks = triton.cdiv(T, R)
-    sums = torch.empty(min(PROGRAMS, blocks), BN, dtype=torch.float32, device=d_y.device)
+    sums = torch.empty(min(_PROGRAMS, blocks), BN, dtype=torch.float32, device=d_y.device)
     column_sums[(len(sums),)](d_y, sums, T, blocks, N=N, BN=BN, R=R, num_warps=4)
     return total(sums)[:N].to(dtype)
 
@@ -104,7 +109,7 @@ def activation_backward(
 def activation(u: Tensor) -> Tensor:
     """u (T, F) -> u sigmoid(1.702 u)."""
     T, F = u.shape
-    BF, R = tile_of(F)
+    BF, R = tile_of(F, _TILE)
     y = torch.empty_like(u)
     activation_forward[(triton.cdiv(T, R),)](u, y, T, F=F, BF=BF, R=R, num_warps=4)
     return y
@@ -169,9 +174,9 @@ class _FeedForward(torch.autograd.Function):
         if u is None:
             u = torch.addmm(low_bias, rows, low_expand.t())
         T, F = u.shape
-        BF, R = tile_of(F)
+        BF, R = tile_of(F, _TILE)
         blocks = triton.cdiv(T, R)
-        shares = torch.empty(min(PROGRAMS, blocks), BF, dtype=torch.float32, device=u.device)
+        shares = torch.empty(min(_PROGRAMS, blocks), BF, dtype=torch.float32, device=u.device)
         d_u = d_a @ low_contract
         again = y is None
         y = torch.empty_like(u) if again else y
