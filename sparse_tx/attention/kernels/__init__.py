@@ -38,7 +38,8 @@ def no_kernels(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the tensors are on {device.type}: the kernels need a CUDA GPU"
-    if device.type == "cuda" and (have := _too_old(torch.cuda.current_device() if device.index is None else device.index)):
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    if device.type == "cuda" and (have := _too_old(index)):
         return f"the GPU has compute capability {have}: the kernels need 8.0 or newer"
     return None
 
