@@ -106,7 +106,7 @@ class TrainerConfig:
     strategy: str = "auto"
     precision: str = "auto"
     compile: str = "auto"
-    cuda_graph: bool = False
+    cuda_graph: str = "auto"
     max_steps: int = MISSING
     max_time: str | None = None
     ema_decay: float = 0.999
@@ -329,6 +329,8 @@ def training(cfg: DictConfig) -> TrainConfig:
     trainer.precision = _precision("trainer.precision", trainer.precision)
     trainer.compile = trainer.compile.lower()
     _one_of("trainer.compile", trainer.compile, ("auto", "true", "false"))
+    trainer.cuda_graph = trainer.cuda_graph.lower()
+    _one_of("trainer.cuda_graph", trainer.cuda_graph, ("auto", "true", "false"))
     if trainer.devices != "auto" and not (trainer.devices.isdigit() and int(trainer.devices) >= 1):
         raise UserError(f"trainer.devices={trainer.devices}: give a number of at least 1, or auto for all there are")
     if trainer.max_time is not None and not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", trainer.max_time):

@@ -20,9 +20,13 @@ class Score:
     def add(self, logits: Tensor, tokens: Tensor, first_scored: Tensor | None = None) -> None:
         """logits (B, S, V) at i predict tokens (B, S) at i; of each row only positions >= first_scored (B,) count."""
         nats = cross_entropy(logits.float().flatten(0, 1), tokens.long().flatten(), reduction="none").view(tokens.shape)
+        self.add_nats(nats, first_scored)
+
+    def add_nats(self, nats: Tensor, first_scored: Tensor | None = None) -> None:
+        """nats (B, S) by position; of each row only positions >= first_scored (B,) count."""
         scored = torch.ones_like(nats, dtype=torch.bool)
         if first_scored is not None:
-            scored = torch.arange(tokens.shape[1], device=tokens.device) >= first_scored[:, None]
+            scored = torch.arange(nats.shape[1], device=nats.device) >= first_scored[:, None]
         self.nats = self.nats + nats.double().masked_fill(~scored, 0.0).sum()
         self.count = self.count + scored.sum()
 

@@ -19,6 +19,7 @@ from sparse_tx.evaluation.bits import Score
 from sparse_tx.evaluation.counts import order_k_bits
 from sparse_tx.evaluation.paper import compares, paper_bits
 from sparse_tx.model import ModelSpec
+from sparse_tx.model.loss import position_nats
 
 ORDERS = (0, 1, 2)
 COUNTED_AT_MOST = 1 << 28  # training bytes that count models are fitted on: longer sets take minutes
@@ -52,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     with torch.inference_mode(), _autocast(device, precision):
         for batch_of in datamodule.evaluation_loader(config.split):
             tokens, first = batch_of["tokens"].to(device), batch_of["first_scored"].to(device)
-            score.add(model(tokens.long()), tokens, first)
+            score.add_nats(position_nats(model.hidden(tokens), model.norm, model.output, tokens), first)
     result = {
         "bits_per_dim": score.bits_per_dim,
         "nats": float(score.nats),

@@ -31,14 +31,17 @@ class Diverged(UserError):
     """The loss is no number any more."""
 
 
+SKIPPED_AT_MOST = 50  # steps in a row
+
+
 class Divergence(Callback):
-    """Ends a run whose loss is no number at two entries in a row: what comes after is lost time."""
+    """Ends a run whose loss is no number at two entries in a row, or whose steps are all left out: the rest is lost time."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self._lost = False
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every:
             return
         bits = float(trainer.callback_metrics["train/bits_per_dim"])
@@ -48,6 +51,12 @@ class Divergence(Callback):
                 "go on from an earlier checkpoint with resume=PATH"
             )
         self._lost = not math.isfinite(bits)
+        in_a_row = int(pl_module.clipping.in_a_row)  # type: ignore[arg-type]
+        if in_a_row >= SKIPPED_AT_MOST:
+            raise Diverged(
+                f"the gradient was not finite in the last {in_a_row} steps, which were left out, at step "
+                f"{trainer.global_step}; use a smaller optimizer.lr, or go on from an earlier checkpoint with resume=PATH"
+            )
 
 
 class Trace(Callback):

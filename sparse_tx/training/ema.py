@@ -10,6 +10,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from sparse_tx.training.update import move_average
+
 
 def decay_at(step: int, largest: float) -> float:
     """Decay after step t counted from 0: min(largest, (1 + t) / (10 + t)), so that short runs are judged fairly."""
@@ -27,6 +29,7 @@ class EMA(Callback):
         self.average: dict[str, Tensor] = {}
         self._step = 0
         self._swapped = False
+        self._followed: list[Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self.average:
@@ -40,11 +43,10 @@ class EMA(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self._step:
             return
-        weight = 1 - decay_at(self._step, self.decay)
+        share = 1 - decay_at(self._step, self.decay)
         self._step = trainer.global_step
-        with torch.no_grad():
-            weights = [p.detach().float() for p in self._weights(pl_module).values()]
-            torch._foreach_lerp_(list(self.average.values()), weights, weight)
+        clipping = pl_module.clipping
+        move_average(list(self.average.values()), self._live(pl_module), share, clipping.skip)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
@@ -78,6 +80,13 @@ class EMA(Callback):
                 weight.copy_(self.average[name])
                 self.average[name].copy_(held)
         self._swapped = not self._swapped
+
+    def _live(self, pl_module: LightningModule) -> list[Tensor]:
+        """The weights in the order of the average, looked up once: names of 1,500 parameters take the CPU 10 ms."""
+        if not self._followed:
+            weights = self._weights(pl_module)
+            self._followed = [weights[name] for name in self.average]
+        return self._followed
 
     @staticmethod
     def _weights(pl_module: LightningModule) -> dict[str, Tensor]:

@@ -7,75 +7,84 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 from sparse_tx.config import TrainConfig
 from sparse_tx.evaluation.bits import Score
-from sparse_tx.model import Transformer
+from sparse_tx.model import ModelSpec, Transformer
+from sparse_tx.model.loss import position_nats
 from sparse_tx.training.loggers import run_id_of
-from sparse_tx.training.optimizer import build_optimizer, build_schedule, clip_gradients
+from sparse_tx.training.optimizer import build_optimizer, build_schedule
+from sparse_tx.training.step import Gradients, StepLoss
+from sparse_tx.training.update import Clipping
 
 CHECKPOINT_FORMAT = 1
 
 
-class StepLoss(nn.Module):
-    """Mean nats of a batch: all of a step's forward pass as a function of tensors alone."""
-
-    def __init__(self, model: Transformer, seed: int) -> None:
-        super().__init__()
-        self.model, self.seed = model, seed
-
-    def forward(self, tokens: Tensor, step: Tensor, rows: Tensor) -> Tensor:
-        """tokens: (B, S) int64, step: () int64, rows: (B,) int64."""
-        logits = self.model(tokens, seed=self.seed, step=step, rows=rows)
-        return cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
-
-
 class TrainingModule(LightningModule):
-    def __init__(self, config: TrainConfig) -> None:
+    """gradients: takes a step's forward and backward pass by itself, as one CUDA graph; None leaves both to Lightning.
+
+    spec: the model, with what `config` leaves open (`model.recompute=auto`) decided.
+    """
+
+    def __init__(self, config: TrainConfig, spec: ModelSpec | None = None, *, capture: str = "false") -> None:
+        """capture: whether a step is one CUDA graph; "auto" goes on without where that fails, and says so."""
         super().__init__()
-        self.config = config
-        self.model = Transformer(config.model_spec())
+        self.config, self.spec = config, spec or config.model_spec()
+        self.model = Transformer(self.spec)
         self.score = Score()
+        parameters = list(self.model.parameters())
+        self.clipping = Clipping(parameters, config.optimizer.clip)
         # In a tuple, so that the model's weights are not registered a second time.
-        self._loss: tuple[nn.Module] = (StepLoss(self.model, config.seed),)
-        self._captured = False
+        self._loss: tuple[StepLoss] = (StepLoss(self.model, config.seed),)
+        self._gradients: Gradients | None = None
+        if capture != "false":
+            failed = self._not_captured if capture == "auto" else None
+            self._gradients = Gradients(self._loss[0], parameters, failed=failed)
 
     def setup(self, stage: str) -> None:
         wanted = self.config.trainer.compile
         if wanted == "true" or (wanted == "auto" and self.trainer.strategy.root_device.type == "cuda"):
             self.model.compile_blocks()
+            self._loss[0].compiled = True
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        tokens = batch["tokens"].long()
-        # As a tensor, so that neither compiled code nor a captured graph is made again for each step.
-        step = torch.tensor(self.global_step, device=tokens.device)
-        if self.config.trainer.cuda_graph and not self._captured:
-            self._capture(tokens, step, batch["rows"])
-        loss = self._loss[0](tokens, step, batch["rows"])
+        tokens, rows = batch["tokens"], batch["rows"]
+        if self._gradients is not None:
+            loss = self._gradients(tokens, self.global_step, rows)
+        else:
+            # As a tensor on the device, so that compiled code is not made again for each step, and nothing waits.
+            step = torch.full((), self.global_step, dtype=torch.long, device=tokens.device)
+            loss = self._loss[0](tokens, step, rows)
         self.log("train/bits_per_dim", loss.detach() / math.log(2), sync_dist=True)
         return loss
 
-    def _capture(self, *inputs: Tensor) -> None:
-        """Make the forward and the backward pass one CUDA graph each.
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._gradients is None:
+            super().backward(loss, *args, **kwargs)
 
-        128 thin layers are some ten thousand launches a step, which take the CPU three times as long as the GPU (the
-        59M model on one H200: 340 ms of which the GPU works 109).
-        """
-        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
-            torch.cuda.make_graphed_callables(self._loss[0], inputs)
-        self._captured = True
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning asks for it after the step's gradients have been taken.
+        if self._gradients is None:
+            super().optimizer_zero_grad(*args, **kwargs)
+
+    def _not_captured(self, error: Exception) -> None:
+        print(
+            f"the step cannot be captured as a CUDA graph and is run launch by launch: {str(error).splitlines()[0]} "
+            "(trainer.cuda_graph=false does not try)",
+            flush=True,
+        )
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self.log("train/gradient_norm", clip_gradients(self.model, self.config.optimizer.clip))
+        self.log("train/gradient_norm", self.clipping(getattr(optimizer, "optimizer", optimizer)))
 
     def on_validation_epoch_start(self) -> None:
         self.score = Score()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.score.add(self.model(batch["tokens"].long()), batch["tokens"], batch["first_scored"])
+        tokens = batch["tokens"]
+        nats = position_nats(self.model.hidden(tokens), self.model.norm, self.model.output, tokens)
+        self.score.add_nats(nats, batch["first_scored"])
 
     def on_validation_epoch_end(self) -> None:
         # Sums over ranks, then one division: the same number on all of them, so that their mean is it.
@@ -94,7 +103,7 @@ class TrainingModule(LightningModule):
         checkpoint["sparse_tx"] = {
             "format": CHECKPOINT_FORMAT,
             "data": self.trainer.datamodule.prepared.title,  # type: ignore[attr-defined]
-            "model": self.config.model_spec().plain(),
+            "model": self.spec.plain(),
             "config": self.config.plain(),
             "wandb_run": run_id_of(self.trainer.loggers),
         }

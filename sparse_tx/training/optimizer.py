@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -14,17 +15,87 @@ from sparse_tx.config import OptimizerConfig
 from sparse_tx.model import Transformer
 
 
+class BatchedMuon(Muon):
+    """torch's Muon with all matrices of one shape in one product: the launches do not grow with the layers.
+
+    Like a fused AdamW it divides gradients by `grad_scale` and changes nothing where `found_inf` is 1, if they are set.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                self._step(params, group)
+        return loss
+
+    def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """params: of one shape (R, C); stacked (N, R, C)."""
+        momentum, lr, decay = group["momentum"], group["lr"], group["weight_decay"]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads = torch.stack([p.grad for p in params if p.grad is not None])
+        if self.grad_scale is not None:
+            grads = grads / self.grad_scale
+        kept = torch.ones((), device=grads.device)
+        if self.found_inf is not None:
+            kept = 1 - self.found_inf
+            grads = torch.where(kept.bool(), grads, 0.0)
+        moments = torch.stack(buffers).lerp_(grads, (1 - momentum) * kept)
+        torch._foreach_copy_(buffers, list(moments.unbind()))
+        updates = orthogonal(grads.lerp_(moments, momentum), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rate = 0.2 * math.sqrt(max(params[0].shape)) * lr  # match_rms_adamw
+        torch._foreach_mul_(params, 1 - lr * decay * kept)
+        torch._foreach_add_(params, list((updates.to(params[0].dtype) * (-rate * kept)).unbind()))
+
+
+def orthogonal(g: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Nearly orthogonal matrices by Newton-Schulz in bfloat16 (Jordan et al. 2024). g: (N, R, C)."""
+    a, b, c = coefficients
+    x = g.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def takes_scale(optimizer: Optimizer) -> bool:
+    """Whether it divides gradients by its `grad_scale` and leaves a step out by its `found_inf`, both on the device."""
+    if isinstance(optimizer, MuonAdamW):
+        return all(map(takes_scale, optimizer.parts))
+    return isinstance(optimizer, BatchedMuon) or bool(optimizer.defaults.get("fused"))
+
+
 class MuonAdamW(Optimizer):
     """torch's Muon for some matrices and AdamW for the rest, as one optimizer: one schedule, one state, one step."""
 
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self._parts = (muon, adamw)
+        self.parts = (muon, adamw)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._share()
 
     def _share(self) -> None:
         """The parts work on this optimizer's groups and state, so that base-class saving and loading cover both."""
-        muon, adamw = self._parts
+        muon, adamw = self.parts
         split = len(muon.param_groups)
         muon.param_groups, adamw.param_groups = self.param_groups[:split], self.param_groups[split:]
         muon.state = adamw.state = self.state
@@ -38,13 +109,15 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
+        for part in self.parts:
+            if takes_scale(self):
+                part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
             part.step()
         return loss
 
 
 def build_optimizer(model: Transformer, config: OptimizerConfig, *, fused: bool) -> Optimizer:
-    """Weight decay on parameters of two dimensions or more. fused: one CUDA kernel for all of AdamW."""
+    """Weight decay on parameters of two dimensions or more. fused: few kernels for all of it, which take a scale."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if config.name == "muon" else []
     taken = set(map(id, matrices))
     rest = [p for p in model.parameters() if id(p) not in taken]
@@ -60,7 +133,8 @@ def build_optimizer(model: Transformer, config: OptimizerConfig, *, fused: bool)
     )
     if not matrices:
         return adamw
-    muon = Muon(
+    kind = BatchedMuon if fused else Muon
+    muon = kind(
         matrices,
         lr=config.lr,
         weight_decay=config.weight_decay,
@@ -86,7 +160,3 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, max_steps: int
     warmup = warmup_steps(config, max_steps)
     return LambdaLR(optimizer, lambda step: schedule(step, warmup, max_steps))
 
-
-def clip_gradients(model: nn.Module, largest: float) -> torch.Tensor:
-    """Scale the gradient to norm `largest` at most. Returns its norm before, without waiting for the device."""
-    return nn.utils.clip_grad_norm_(model.parameters(), largest, foreach=True)

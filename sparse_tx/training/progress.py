@@ -232,6 +232,7 @@ class Progress(Callback):
         rate = steps * self.bytes_a_step / elapsed
         learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         numbers = {"train/bytes_per_second": rate, "train/learning_rate": learning_rate}
+        numbers["train/skipped"] = pl_module.clipping.skipped  # type: ignore[union-attr, assignment]
         utilisation = self.utilisation(rate)
         if utilisation is not None:
             numbers["train/utilisation"] = utilisation

@@ -15,7 +15,7 @@ from sparse_tx.checkpoint import read_checkpoint
 from sparse_tx.config import TrainConfig
 from sparse_tx.data import DataModule, prepare
 from sparse_tx.errors import UserError
-from sparse_tx.evaluation.run import unit_of
+from sparse_tx.evaluation.run import backends, unit_of
 from sparse_tx.model.cost import Cost, cost_of
 from sparse_tx.training.callbacks import (
     BEST,
@@ -78,7 +78,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
 
     _quiet()
     seed_everything(config.seed, workers=True, verbose=False)
-    module = TrainingModule(config)
+    module = TrainingModule(config, capture=_capture(config, device, precision))
     loggers = _loggers(config, folder, resume, cost)
     trainer, progress = _trainer(config, folder, precision, cost, loggers)
     failed = True
@@ -214,9 +214,14 @@ def _device_and_precision(config: TrainConfig) -> tuple[torch.device, str]:
             "trainer.precision=16-mixed needs a GPU (on a CPU Lightning would silently make it bf16): "
             "use 32 or bf16-mixed"
         )
-    if settings.cuda_graph and not config.dry_run:
+    if settings.cuda_graph == "true" and not config.dry_run:
         if not cuda:
             raise UserError("trainer.cuda_graph=true needs a GPU: use trainer.cuda_graph=false")
+        if precision == "16-mixed":
+            raise UserError(
+                "trainer.cuda_graph=true does not scale the loss: use trainer.precision=bf16-mixed or "
+                "trainer.cuda_graph=false"
+            )
         if settings.devices != "1":
             raise UserError(
                 f"trainer.cuda_graph=true captures the step of one process, not of trainer.devices={settings.devices}: "
@@ -228,6 +233,18 @@ def _device_and_precision(config: TrainConfig) -> tuple[torch.device, str]:
             f"use at most {torch.cuda.device_count()}"
         )
     return torch.device("cuda" if cuda else "cpu"), "32-true" if precision == "32" else precision
+
+
+def _capture(config: TrainConfig, device: torch.device, precision: str) -> str:
+    """trainer.cuda_graph as this run has it: "auto" where it is to be tried."""
+    settings = config.trainer
+    if settings.cuda_graph != "auto":
+        return settings.cuda_graph
+    fits = device.type == "cuda" and settings.devices == "1" and settings.strategy == "auto"
+    # A trace of launches says more than one of a graph; the plain backends prepare on the host what a graph cannot hold.
+    fits = fits and precision != "16-mixed" and not config.profile
+    fits = fits and set(backends(config.model_spec(), device, precision).split("/")) <= {"triton", "sdpa"}
+    return "auto" if fits else "false"
 
 
 def _quiet() -> None:
