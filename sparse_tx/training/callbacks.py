@@ -35,7 +35,7 @@ SKIPPED_AT_MOST = 50  # steps in a row
 
 
 class Divergence(Callback):
-    """Ends a run whose loss is no number at two entries in a row, or whose steps are all left out: the rest is lost time."""
+    """Ends a run whose loss is no number at two entries in a row, or whose steps are all left out: it goes nowhere."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -51,11 +51,12 @@ class Divergence(Callback):
                 "go on from an earlier checkpoint with resume=PATH"
             )
         self._lost = not math.isfinite(bits)
-        in_a_row = int(pl_module.clipping.in_a_row)  # type: ignore[arg-type]
+        in_a_row = int(pl_module.clipping.in_a_row)  # type: ignore[arg-type, union-attr]
         if in_a_row >= SKIPPED_AT_MOST:
             raise Diverged(
-                f"the gradient was not finite in the last {in_a_row} steps, which were left out, at step "
-                f"{trainer.global_step}; use a smaller optimizer.lr, or go on from an earlier checkpoint with resume=PATH"
+                f"the gradient was not finite in the last {in_a_row} steps, which were left out: the run diverged "
+                f"before step {trainer.global_step}; use a smaller optimizer.lr, or go on from an earlier checkpoint "
+                "with resume=PATH"
             )
 
 

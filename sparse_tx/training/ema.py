@@ -45,8 +45,8 @@ class EMA(Callback):
             return
         share = 1 - decay_at(self._step, self.decay)
         self._step = trainer.global_step
-        clipping = pl_module.clipping
-        move_average(list(self.average.values()), self._live(pl_module), share, clipping.skip)
+        skip = pl_module.clipping.skip  # type: ignore[union-attr]
+        move_average(list(self.average.values()), self._live(pl_module), share, skip)  # type: ignore[arg-type]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)

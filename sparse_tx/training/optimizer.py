@@ -111,7 +111,7 @@ class MuonAdamW(Optimizer):
                 loss = closure()
         for part in self.parts:
             if takes_scale(self):
-                part.grad_scale, part.found_inf = self.grad_scale, self.found_inf
+                part.grad_scale, part.found_inf = self.grad_scale, self.found_inf  # type: ignore[union-attr]
             part.step()
         return loss
 
@@ -159,4 +159,3 @@ def schedule(step: int, warmup: int, max_steps: int) -> float:
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
     warmup = warmup_steps(config, max_steps)
     return LambdaLR(optimizer, lambda step: schedule(step, warmup, max_steps))
-

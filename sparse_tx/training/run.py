@@ -241,7 +241,7 @@ def _capture(config: TrainConfig, device: torch.device, precision: str) -> str:
     if settings.cuda_graph != "auto":
         return settings.cuda_graph
     fits = device.type == "cuda" and settings.devices == "1" and settings.strategy == "auto"
-    # A trace of launches says more than one of a graph; the plain backends prepare on the host what a graph cannot hold.
+    # A trace of launches says more than one of a graph. The plain backends prepare on the host what no graph can hold.
     fits = fits and precision != "16-mixed" and not config.profile
     fits = fits and set(backends(config.model_spec(), device, precision).split("/")) <= {"triton", "sdpa"}
     return "auto" if fits else "false"

@@ -1,0 +1,645 @@
+"""Bytes per second of whole training steps against a plain compiled transformer, FlexAttention and no attention at all.
+
+    python benchmarks/training.py                                   # all experiments and arms: many minutes, compiling
+    python benchmarks/training.py --experiments cifar10 --arms ours,dense --batch 16,32
+    python benchmarks/training.py --experiments cifar10 --arms ours --profile
+    python benchmarks/training.py --context-sweep --arms ours
+    python benchmarks/training.py --tiny                            # in seconds on a CPU: that it runs, no numbers
+
+A step is forward, backward, clipping, AdamW and the average, with the experiment's dropout, on random bytes that lie on
+the device; bf16 under autocast, weights in float32. All arms have the same sizes, optimizer and average. "ours" is
+what train.py runs; "compiled" is ours with each block left to torch.compile. "dense" is what a careful user writes: an
+nn.Module with SDPA (cuDNN first), nn.Dropout, each block compiled, full logits, nothing recomputed; "flex" is the same
+with FlexAttention and the experiment's masks, "without" has the values pass by attention. These run as one CUDA graph
+of forward and backward as ours do, "dense launched" and "dense recomputed" (each block run again in the backward pass)
+do not. Before ours is timed its losses over some steps are compared with a plain float32 model's.
+
+Utilisation: FLOPs of the model (each product forward once and backward twice, of attention the pairs that the pattern
+allows, nothing that is run again) over the peak by the datasheet. Memory: at most allocated, and reserved, with graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import hydra
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from sparse_tx.attention import Block, Summary
+from sparse_tx.attention.patterns import Pattern
+from sparse_tx.config import OptimizerConfig, config_folder, training
+from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
+from sparse_tx.model.cost import cost_of
+from sparse_tx.model.embedding import Embedding
+from sparse_tx.model.spec import RECOMPUTE, VOCABULARY
+from sparse_tx.training.optimizer import build_optimizer
+from sparse_tx.training.peak import device_peak
+from sparse_tx.training.step import Gradients, StepLoss
+from sparse_tx.training.update import Clipping, move_average
+
+BYTES_PER_SECOND = {"H200": 4.27e12, "H100": 3.0e12}  # device-to-device copy, measured
+FLOPS_PER_SECOND = 673e12  # bf16 matrix product, H200
+SPAWNED = "SPARSE_TX_SPAWNED"  # when a process of --cold was started
+WORKLOADS = {  # Hydra's overrides, batches
+    "cifar10": (("experiment=cifar10_strided",), (16, 32)),
+    "enwik8": (("experiment=enwik8_fixed",), (4, 8)),
+    "imagenet64": (("experiment=imagenet64_strided",), (4, 8)),
+    "audio_65k": (("experiment=audio_65k",), (1,)),
+    "audio_1m": (("experiment=audio_1m", "model=imagenet64_152m"), (1,)),
+}
+TINY = ("debug=fast",)
+SWEEP = tuple((1 << power, 1 << power // 2) for power in range(12, 21, 2))  # context, stride
+SWEEP_TOKENS = 1 << 20
+LONG = 10.0  # seconds: of a step this long one is enough
+
+
+@dataclasses.dataclass
+class Work:
+    name: str
+    spec: ModelSpec
+    optimizer: OptimizerConfig
+    batch: int
+
+    def tokens(self, device: torch.device) -> Tensor:
+        return torch.randint(256, (self.batch, self.spec.context), dtype=torch.uint8, device=device)
+
+
+def compose(overrides: tuple[str, ...], tiny: bool) -> tuple[ModelSpec, OptimizerConfig]:
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = training(hydra.compose("train", [*overrides, *(TINY if tiny else ())]))
+    return config.model_spec(), config.optimizer
+
+
+# The rival.
+
+
+class RivalAttention(nn.Module):
+    """attend: (B, H, S, Dqk), (B, H, S, Dqk), (B, H, S, Dv) -> (B, H, S, Dv); None passes the values by."""
+
+    def __init__(self, spec: ModelSpec, attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.widths, self.heads, self.attend = (spec.qk, spec.qk, spec.width), spec.heads, attend
+        self.qkv = nn.Linear(spec.width, 2 * spec.qk + spec.width)
+        self.out = nn.Linear(spec.width, spec.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).split(self.widths, -1))
+        out = v if self.attend is None else self.attend(q, k, v)
+        return self.out(out.transpose(1, 2).flatten(-2))
+
+
+class RivalBlock(nn.Module):
+    def __init__(self, spec: ModelSpec, attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.attention_norm, self.ff_norm = nn.LayerNorm(spec.width), nn.LayerNorm(spec.width)
+        self.attention = RivalAttention(spec, attend)
+        self.expand, self.contract = nn.Linear(spec.width, spec.ff), nn.Linear(spec.ff, spec.width)
+        self.drop = nn.Dropout(spec.dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.drop(self.attention(self.attention_norm(h)))
+        u = self.expand(self.ff_norm(h))
+        return h + self.drop(self.contract(u * torch.sigmoid(1.702 * u)))
+
+
+class Rival(nn.Module):
+    """A plain transformer of the spec's sizes; attends: one a layer."""
+
+    def __init__(
+        self, spec: ModelSpec, attends: list[Callable[[Tensor, Tensor, Tensor], Tensor] | None], again: bool = False
+    ) -> None:
+        """again: whether each block is run again in the backward pass."""
+        super().__init__()
+        self.again = again
+        self.embedding = Embedding(VOCABULARY, spec.width, spec.position_shape())
+        self.blocks = nn.ModuleList(RivalBlock(spec, attend) for attend in attends)
+        self.norm, self.output = nn.LayerNorm(spec.width), nn.Linear(spec.width, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor, step: Tensor, rows: Tensor) -> Tensor:
+        h = self.embedding(tokens)
+        for block in self.blocks:
+            h = checkpoint(block, h, use_reentrant=False) if self.again else block(h)
+        logits = self.output(self.norm(h))
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten().long())
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def mask_of(heads: tuple[Pattern, ...]):
+    """The patterns of a layer as FlexAttention takes them, and the heads that it tells apart."""
+    if len(set(heads)) == 1:
+        parts = heads[0].parts
+
+        def mask(b, h, i, j):
+            seen = parts[0].allows(i, j)
+            for part in parts[1:]:
+                seen = seen | part.allows(i, j)
+            return seen
+
+        return mask, None
+    summary = next((p for p in heads[0].parts if isinstance(p, Summary)), None)
+    if summary is None:
+        raise NotImplementedError(f"no mask is written for heads that differ as {heads[0]} and {heads[-1]}")
+    l, c = summary.stride, summary.c
+    if heads != tuple(Block(l) | Summary(l, c, h % (l // c)) for h in range(len(heads))):
+        raise NotImplementedError(f"no mask is written for {heads}")
+
+    def mask_by_head(b, h, i, j):
+        low = l - (h % (l // c) + 1) * c
+        return (j <= i) & ((i // l == j // l) | ((j % l >= low) & (j % l < low + c)))
+
+    return mask_by_head, len(heads)
+
+
+def flex_attends(spec: ModelSpec, device: torch.device) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    compiled = device.type == "cuda"
+    attends = {}
+    for heads in dict.fromkeys(spec.patterns()):
+        mask, count = mask_of(heads)
+        n = spec.context
+        blocks = create_block_mask(mask, None, count, n, n, device=str(device), _compile=compiled)
+        attends[heads] = lambda q, k, v, blocks=blocks: flex_attention(q, k, v, block_mask=blocks)
+    return [attends[heads] for heads in spec.patterns()]
+
+
+# Arms.
+
+
+class Trained:
+    """A model, its optimizer and its average: one call is one step."""
+
+    def __init__(
+        self, model: nn.Module, loss: nn.Module, work: Work, device: torch.device, dtype: torch.dtype, graph: bool
+    ) -> None:
+        self.model, self.loss, self.device, self.dtype = model, loss, device, dtype
+        self.cuda = device.type == "cuda"
+        self.parameters = list(model.parameters())
+        self.optimizer = build_optimizer(model, work.optimizer, fused=self.cuda)  # type: ignore[arg-type]
+        self.clipping = Clipping(self.parameters, work.optimizer.clip)
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.weights = [p.detach() for p in self.parameters]
+        self.gradients = Gradients(loss, self.parameters) if graph and self.cuda else None
+        self.rows = torch.arange(work.batch, device=device)
+        self.done = 0
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Returns the loss, without waiting for it."""
+        with ExitStack() as stack:
+            # cuDNN first: the fastest there is for dense causal attention on these GPUs.
+            if self.cuda and isinstance(self.model, Rival):
+                order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+                stack.enter_context(sdpa_kernel(order, set_priority=True))
+            stack.enter_context(
+                torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32, cache_enabled=False)
+            )
+            if self.gradients is not None:
+                loss = self.gradients(tokens, self.done, self.rows)
+            else:
+                for p in self.parameters:
+                    p.grad = None
+                loss = self.loss(tokens, torch.full((), self.done, device=self.device), self.rows)
+                with torch.autocast(self.device.type, enabled=False):
+                    loss.backward()
+        self.clipping(self.optimizer)
+        self.optimizer.step()
+        move_average(self.average, self.weights, 1e-3, self.clipping.skip)
+        self.done += 1
+        return loss.detach()
+
+
+def ours(
+    work: Work, device: torch.device, dtype: torch.dtype, graph: bool, how: str, residual: torch.dtype | None = None
+) -> Trained:
+    """how: "fused", "compiled" or "plain"."""
+    torch.manual_seed(0)
+    model = Transformer(work.spec).to(device).train()
+    loss = StepLoss(model, seed=1)
+    if how == "fused" and device.type == "cuda" and hasattr(model, "fuse_blocks"):
+        model.fuse_blocks(residual)
+    elif residual is not None:
+        raise NotImplementedError("only fused blocks have a residual stream in 16 bits")
+    elif how != "plain":
+        model.compile_blocks()
+    loss.compiled = how != "plain"
+    return Trained(model, loss, work, device, dtype, graph)
+
+
+def rival(work: Work, device: torch.device, dtype: torch.dtype, graph: bool, kind: str) -> Trained:
+    torch.manual_seed(0)
+    attends = {
+        "dense": lambda: [causal] * work.spec.layers,
+        "flex": lambda: flex_attends(work.spec, device),
+        "without": lambda: [None] * work.spec.layers,
+    }[kind.partition(" ")[0]]()
+    model = Rival(work.spec, attends, again=kind.endswith("recomputed")).to(device).train()
+    if device.type == "cuda":
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    return Trained(model, model, work, device, dtype, graph)
+
+
+Make = Callable[[Work, torch.device, torch.dtype], Trained]
+ARMS: dict[str, Make] = {
+    "ours": lambda w, d, t: ours(w, d, t, True, "fused"),
+    "ours bf16 residual": lambda w, d, t: ours(w, d, t, True, "fused", torch.bfloat16),
+    "compiled": lambda w, d, t: ours(w, d, t, True, "compiled"),
+    "dense": lambda w, d, t: rival(w, d, t, True, "dense"),
+    "dense launched": lambda w, d, t: rival(w, d, t, False, "dense"),
+    "dense recomputed": lambda w, d, t: rival(w, d, t, False, "dense recomputed"),
+    "flex": lambda w, d, t: rival(w, d, t, True, "flex"),
+    "without": lambda w, d, t: rival(w, d, t, True, "without"),
+}
+OURS = ("ours", "ours bf16 residual", "compiled")
+
+
+def arm_spec(arm: str, spec: ModelSpec) -> ModelSpec:
+    """Whose FLOPs the arm computes."""
+    return dataclasses.replace(spec, attention=AttentionSpec("full")) if arm.startswith("dense") else spec
+
+
+def flops(arm: str, work: Work) -> int:
+    cost = cost_of(arm_spec(arm, work.spec), half=True)
+    total = work.batch * cost.flops
+    if arm == "without":
+        spec = work.spec
+        pairs = cost.pairs * spec.context * spec.layers * spec.heads
+        total -= int(work.batch * 3 * 2 * pairs * (spec.qk + spec.width) / spec.heads)
+    return total
+
+
+# Measuring.
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def free(device: torch.device) -> None:
+    torch._dynamo.reset()  # or it gives up compiling after a few arms
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def seconds_a_step(trained: Trained, tokens: Tensor, steps: int) -> tuple[float, float]:
+    """Median of three stretches of steps, after the first two of all; and of the first, with compiling."""
+    device, spent = trained.device, []
+    for count in (1, 1, *[max(1, steps // 3)] * 3):
+        wait(device)
+        began = time.perf_counter()
+        for _ in range(count):
+            trained(tokens)
+        wait(device)
+        spent.append((time.perf_counter() - began) / count)
+        if len(spent) == 2 and spent[1] > LONG:
+            break  # a step of this length says enough
+    return statistics.median(spent[2:] or spent[1:]), spent[0]
+
+
+def attempt(arm: str, work: Work, options: argparse.Namespace, device: torch.device) -> dict:
+    """What a row says beyond its names. Raises what the arm does."""
+    trained = ARMS[arm](work, device, options.dtype)
+    tokens = work.tokens(device)
+    seconds, first = seconds_a_step(trained, tokens, options.steps)
+    peak = device_peak(device, half=options.dtype != torch.float32)
+    row = {
+        "recompute": "block" if arm.endswith("recomputed") else work.spec.recompute,
+        "ms": seconds * 1e3,
+        "bytes_per_second": work.batch * work.spec.context / seconds,
+        "first_step_seconds": first,
+        "utilisation": None if peak is None else flops(arm, work) / seconds / peak,
+    }
+    if device.type == "cuda":
+        row |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        if options.profile:
+            row["profile"] = profile(trained, tokens, work, row["ms"])
+    return row
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Also where the capture that it broke off raised an error of its own."""
+    return error is not None and (isinstance(error, torch.cuda.OutOfMemoryError) or out_of_memory(error.__context__))
+
+
+def measure(arm: str, work: Work, options: argparse.Namespace, device: torch.device) -> dict:
+    """One arm; ours with the first way to recompute that fits in memory."""
+    ways = [w for w in RECOMPUTE if options.recompute in ("auto", w)] if arm in OURS else ["none"]
+    row: dict = {"experiment": work.name, "batch": work.batch, "context": work.spec.context, "arm": arm}
+    expected = flops(arm, work) / 400e12
+    if device.type == "cuda" and expected > 6 * LONG:
+        return row | {"error": f"not run: about {expected:.0f} s a step"}
+    for way in ways:
+        free(device)
+        try:
+            spec = dataclasses.replace(work.spec, recompute=way)
+            return row | attempt(arm, dataclasses.replace(work, spec=spec), options, device)
+        except Exception as error:  # an arm that cannot run this is no reason to lose the others
+            said = "out of memory" if out_of_memory(error) else (str(error).splitlines() or [repr(error)])[0][:160]
+        if said != "out of memory":
+            break
+    return row | {"error": said}
+
+
+def show(row: dict, rates: dict[str, float]) -> str:
+    label = f"| {row['experiment']} | {row['batch']} x {row['context']:,} | {row['arm']} "
+    if "error" in row:
+        return f"{label}| {row['error']} | | | | | |"
+    rate = row["bytes_per_second"]
+    ratios = ", ".join(f"{rate / rates[r]:.2f}x {r}" for r in ("dense", "flex", "without") if r in rates)
+    used = "" if row["utilisation"] is None else f"{row['utilisation']:.1%}"
+    memory = "" if "allocated" not in row else f"{row['allocated'] / 2**30:.1f}, {row['reserved'] / 2**30:.1f}"
+    return (
+        f"{label}| {row['ms']:.1f} | {rate / 1e3:,.1f}k | {used} | {memory} | {row['first_step_seconds']:.0f} "
+        f"| {row['recompute']}{'; ' if ratios else ''}{ratios} |"
+    )
+
+
+HEADER = (
+    "| experiment | batch | arm | ms a step | bytes/s | model FLOPs of peak | GiB allocated, reserved | first step s "
+    "| recompute; ratios |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def compare(works: list[Work], options: argparse.Namespace, device: torch.device) -> list[dict]:
+    rows = []
+    if options.check:
+        for work in {w.name: w for w in works}.values():
+            print(verify(work, options, device), flush=True)
+    print(HEADER)
+    for work in works:
+        rates: dict[str, float] = {}
+        for arm in sorted(options.arms, key=lambda a: a in OURS):  # rivals first, so that ours has ratios
+            row = measure(arm, work, options, device)
+            print(show(row, rates if arm in OURS else {}), flush=True)
+            if "profile" in row:
+                print(table(row["profile"]), flush=True)
+            if "error" not in row:
+                rates[arm] = row["bytes_per_second"]
+            rows.append(row)
+    free(device)
+    return rows
+
+
+def verify(work: Work, options: argparse.Namespace, device: torch.device) -> str:
+    """Losses of ours over some steps of training against those of the plain model in float32 with `blocked` attention.
+
+    A shorter model, batch 2 and at most 16,384 bytes of sound or text: the plain one would not fit otherwise.
+    """
+    free(device)
+    context = work.spec.context if work.spec.kind == "image" else min(work.spec.context, 1 << 14)
+    spec = dataclasses.replace(work.spec, layers=min(4, work.spec.layers), context=context, recompute="none")
+    small = dataclasses.replace(work, spec=spec, batch=2)
+    plain = dataclasses.replace(spec, attention=dataclasses.replace(spec.attention, backend="blocked"))
+    exact = ours(dataclasses.replace(small, spec=plain), device, torch.float32, False, "plain")
+    arms = {}
+    for arm in (a for a in options.arms if a in OURS):
+        try:
+            arms[arm] = ARMS[arm](small, device, options.dtype)
+        except NotImplementedError as error:
+            print(f"{arm}: {error}")
+    worst = dict.fromkeys(arms, 0.0)
+    last = 0.0
+    tokens = small.tokens(device) // 8  # something to learn
+    for _ in range(options.check):
+        want = last = float(exact(tokens))
+        for arm, trained in arms.items():
+            worst[arm] = max(worst[arm], abs(float(trained(tokens)) - want) / want)
+    limit = 1e-4 if options.dtype == torch.float32 else 0.02
+    said = ", ".join(f"{a} {'ok' if e <= limit else 'WRONG'} {e:.1e}" for a, e in worst.items())
+    return f"{work.name}: {options.check} losses of {spec.layers} layers against float32, to {last:.3f} nats: {said}"
+
+
+# Where the time goes.
+
+CLASSES = {  # by the first pattern that a kernel's name fits
+    "attention": r"attention|flash|fmha|flex|cudnn.*sdpa|sm90_knob|^_?(fwd|bwd|window|column|block|summary|walk)|delta",
+    "products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem",
+    "optimizer, clipping, average": r"multi_tensor|adam|lpnorm|foreach",
+    "loss": r"log_softmax|softmax|nll|logsumexp|cross_entropy",
+    "gelu": r"activation|sigmoid|gelu",
+    "norm, residual, dropout": r"add_norm|layer_norm|LayerNorm|native_dropout|column_sums|triton_(per|red|poi)",
+    "copies and fills": r"[Mm]emcpy|[Mm]emset|copy|fill|Cat",
+}
+
+
+def profile(trained: Trained, tokens: Tensor, work: Work, ms: float) -> list[dict]:
+    """ms of a step by class of kernel, with the share of the step, the least that it could take, and the kernels."""
+    steps = 2
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        wait(trained.device)
+        for _ in range(steps):
+            trained(tokens)
+        wait(trained.device)
+    spent: dict[str, dict[str, tuple[float, int]]] = {name: {} for name in [*CLASSES, "other"]}
+    for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CUDA or not event.self_device_time_total:
+            continue
+        name = next((c for c, words in CLASSES.items() if re.search(words, event.key)), "other")
+        spent[name][event.key] = event.self_device_time_total / 1e3 / steps, event.count // steps
+    least = floors(work, trained)
+    found = []
+    for name, kernels in spent.items():
+        ms = sum(t for t, _ in kernels.values())
+        top = sorted(kernels.items(), key=lambda item: -item[1][0])[:6]
+        listed = [f"{key[:60]} {t:.2f} ({n})" for key, (t, n) in top]
+        launches = sum(n for _, n in kernels.values())
+        found.append({"class": name, "ms": ms, "launches": launches, "floor": least.get(name), "kernels": listed})
+    busy = sum(r["ms"] for r in found)
+    found.append({"class": "gaps", "ms": ms - busy, "launches": 0, "floor": None, "kernels": []})
+    return found
+
+
+def floors(work: Work, trained: Trained) -> dict[str, float]:
+    """ms that a class takes at least: its products at the rate of a large product, or its bytes at that of a copy.
+
+    Residual, norm and dropout: forward reads the stream and the branch and writes the stream and the normed input,
+    twice a block; backward reads the gradients of both and the stream, and writes those of the stream and the branch.
+    Float32 stream, 16-bit branches. GELU: one pass forward (read, write), one backward (read two, write one).
+    Optimizer: norm 4 bytes a parameter, AdamW 28, the average 12.
+    """
+    spec, tokens = work.spec, work.batch * work.spec.context
+    name = torch.cuda.get_device_name()
+    rate = next((r for n, r in BYTES_PER_SECOND.items() if n in name), 3.0e12)
+    cost = cost_of(spec, half=True)
+    pairs = cost.pairs * spec.context * spec.layers * spec.heads
+    attention = 3 * 2 * pairs * (spec.qk + spec.width) / spec.heads * work.batch
+    products = cost.flops * work.batch - attention
+    moved = spec.layers * tokens * 2 * (3 * (2 * spec.qk + 2 * spec.width))
+    residual = spec.layers * tokens * spec.width * 2 * ((4 + 2 + 4 + 2) + (4 + 2 + 4 + 4 + 2))
+    gelu = spec.layers * tokens * spec.ff * 2 * 5
+    return {
+        "products": products / FLOPS_PER_SECOND * 1e3,
+        "attention": max(attention * 7 / 6 / FLOPS_PER_SECOND, moved / rate) * 1e3,
+        "norm, residual, dropout": residual / rate * 1e3,
+        "gelu": gelu / rate * 1e3,
+        "loss": tokens * VOCABULARY * 2 * 3 / rate * 1e3,
+        "optimizer, clipping, average": 44 * sum(p.numel() for p in trained.parameters) / rate * 1e3,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    total = sum(r["ms"] for r in rows)
+    lines = ["", "| class | ms | share | launches | floor ms | kernels: ms (launches) |", "| --- " * 6 + "|"]
+    for r in rows:
+        floor = "" if r["floor"] is None else f"{r['floor']:.2f} ({r['floor'] / max(r['ms'], 1e-9):.0%})"
+        lines.append(
+            f"| {r['class']} | {r['ms']:.2f} | {r['ms'] / total:.1%} | {r['launches']} | {floor} "
+            f"| {'; '.join(r['kernels'])} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def cold(names: list[str], options: argparse.Namespace) -> None:
+    """Seconds from the start of a process to the end of its first step, caches of compiled kernels empty, then full."""
+    print("\n| experiment | first step done after s, nothing compiled | again, with the caches of the first |")
+    print("| --- | --- | --- |")
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            said = []
+            for _ in range(2):
+                environment = {
+                    **os.environ,
+                    "TRITON_CACHE_DIR": f"{folder}/triton",
+                    "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+                    SPAWNED: str(time.time()),
+                }
+                command = [sys.executable, __file__, "--experiments", name, "--only-first"]
+                command += ["--tiny"] * options.tiny + ["--device", options.device, "--recompute", options.recompute]
+                done = subprocess.run(command, capture_output=True, text=True, env=environment)
+                failed = (done.stderr.strip().splitlines() or ["failed"])[-1][:100]
+                said.append(failed if done.returncode else done.stdout.strip().splitlines()[-1])
+        print(f"| {name} | {said[0]} | {said[1]} |", flush=True)
+
+
+def only_first(work: Work, options: argparse.Namespace, device: torch.device) -> None:
+    way = RECOMPUTE[0] if options.recompute == "auto" else options.recompute
+    work = dataclasses.replace(work, spec=dataclasses.replace(work.spec, recompute=way))
+    trained = ARMS["ours"](work, device, options.dtype)
+    trained(work.tokens(device))
+    wait(device)
+    print(f"{time.time() - float(os.environ[SPAWNED]):.1f}")
+
+
+def sweep_works(options: argparse.Namespace) -> list[Work]:
+    """The 152M model at each context, as many windows as make `SWEEP_TOKENS` bytes a step."""
+    works = []
+    for context, stride in SWEEP:
+        sizes = (f"data.context={context}", f"data.stride={stride}")
+        spec, optimizer = compose(("experiment=audio_1m", "model=imagenet64_152m", *sizes), False)
+        if options.tiny:
+            small = {"layers": 2, "width": 32, "heads": 2, "qk": 32, "ff": 64, "context": context >> 6}
+            spec = dataclasses.replace(spec, **small)
+        tokens = SWEEP_TOKENS >> (10 if options.tiny else 0)
+        works.append(Work(f"{context // 1024}k", spec, optimizer, max(1, tokens // spec.context)))
+    return works
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Bytes per second by context for a sweep, else by experiment, a bar an arm. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in rows if "error" not in r]
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    if len({r["context"] for r in rows}) == len({(r["experiment"], r["batch"]) for r in rows}) > 2:
+        for arm in arms:
+            of = [r for r in rows if r["arm"] == arm]
+            axes.plot([r["context"] for r in of], [r["bytes_per_second"] / 1e3 for r in of], marker="o", label=arm)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("context, bytes")
+    else:
+        names = list(dict.fromkeys((r["experiment"], r["batch"]) for r in rows))
+        width = 0.8 / len(arms)
+        for i, arm in enumerate(arms):
+            of = {(r["experiment"], r["batch"]): r["bytes_per_second"] / 1e3 for r in rows if r["arm"] == arm}
+            places = [k + (i - (len(arms) - 1) / 2) * width for k, n in enumerate(names) if n in of]
+            axes.bar(places, [of[n] for n in names if n in of], width, label=arm)
+        axes.set_xticks(range(len(names)), [f"{name}\nbatch {batch}" for name, batch in names])
+    axes.set_ylabel("thousand bytes a second")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experiments", default="", help="comma-separated beginnings of names; all if empty")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"comma-separated of: {', '.join(ARMS)}")
+    parser.add_argument("--batch", default="", help="comma-separated windows a step; each experiment's own if empty")
+    parser.add_argument("--steps", type=int, default=12, help="timed, after two")
+    parser.add_argument("--recompute", default="auto", choices=["auto", *RECOMPUTE], help="auto: the first that fits")
+    parser.add_argument("--set", default="", help="comma-separated overrides, such as attention.combine=merged")
+    parser.add_argument("--check", type=int, default=8, help="steps compared with float32; 0: none")
+    parser.add_argument("--profile", action="store_true", help="a table of where the time of each arm goes")
+    parser.add_argument("--context-sweep", action="store_true", help="the 152M model from 4,096 to 1,048,576 bytes")
+    parser.add_argument("--cold", action="store_true", help="also the seconds to the first step of a new process")
+    parser.add_argument("--only-first", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help="the models of debug=fast: proves that it runs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write every number here")
+    parser.add_argument("--plot", type=Path, help="draw bytes per second here")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cpu" and not options.tiny:
+        sys.exit("the experiments need a GPU: --tiny runs the same code on a CPU")
+    options.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    options.arms = [a.strip() for a in options.arms.split(",") if a.strip()]
+    if unknown := [a for a in options.arms if a not in ARMS]:
+        sys.exit(f"--arms {unknown[0]}: use {', '.join(ARMS)}")
+    if options.tiny:
+        options.steps, options.check = 3, 4
+    names = [n for n in WORKLOADS if any(n.startswith(w) for w in options.experiments.split(","))]
+    if options.context_sweep:
+        works = sweep_works(options)
+    else:
+        works = []
+        for name in names:
+            overrides, own = WORKLOADS[name]
+            more = tuple(o for o in options.set.split(",") if o)
+            spec, optimizer = compose((*overrides, *more), options.tiny)
+            batches = [int(b) for b in options.batch.split(",") if b] or ([2] if options.tiny else own)
+            works += [Work(name, spec, optimizer, b) for b in batches]
+    if options.only_first:
+        return only_first(works[0], options, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, no number counts"
+    print(f"{name}, torch {torch.__version__}, {options.dtype}".replace("torch.", ""))
+    for work in {w.name: w for w in works}.values():
+        parameters = cost_of(work.spec, half=True).parameters
+        print(f"{work.name}: {parameters / 1e6:.2f}M parameters, dropout {work.spec.dropout}")
+    rows = compare(works, options, device)
+    if options.cold:
+        cold(names, options)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
