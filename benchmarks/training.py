@@ -49,6 +49,7 @@ from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.model.cost import cost_of
 from sparse_tx.model.embedding import Embedding
 from sparse_tx.model.spec import RECOMPUTE, VOCABULARY
+from sparse_tx.training.memory import memory_of
 from sparse_tx.training.optimizer import build_optimizer
 from sparse_tx.training.peak import device_peak
 from sparse_tx.training.step import Gradients, StepLoss
@@ -277,7 +278,7 @@ def arm_spec(arm: str, spec: ModelSpec) -> ModelSpec:
 
 
 def flops(arm: str, work: Work) -> int:
-    cost = cost_of(arm_spec(arm, work.spec), half=True)
+    cost = cost_of(arm_spec(arm, work.spec))
     total = work.batch * cost.flops
     if arm == "without":
         spec = work.spec
@@ -331,6 +332,10 @@ def attempt(arm: str, work: Work, options: argparse.Namespace, device: torch.dev
         "utilisation": None if peak is None else flops(arm, work) / seconds / peak,
     }
     if device.type == "cuda":
+        blocks = {"compiled": "compiled"}.get(arm, "fused" if hasattr(Transformer, "fuse_blocks") else "compiled")
+        residual = 2 if "bf16 residual" in arm else 4
+        if arm in OURS:
+            row["expected"] = memory_of(work.spec, work.batch, half=True, blocks=blocks, residual=residual).total
         row |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         if options.profile:
             row["profile"] = profile(trained, tokens, work, row["ms"])
@@ -368,7 +373,8 @@ def show(row: dict, rates: dict[str, float]) -> str:
     rate = row["bytes_per_second"]
     ratios = ", ".join(f"{rate / rates[r]:.2f}x {r}" for r in ("dense", "flex", "without") if r in rates)
     used = "" if row["utilisation"] is None else f"{row['utilisation']:.1%}"
-    memory = "" if "allocated" not in row else f"{row['allocated'] / 2**30:.1f}, {row['reserved'] / 2**30:.1f}"
+    sizes = (row[key] / 2**30 for key in ("allocated", "reserved", "expected") if key in row)
+    memory = ", ".join(f"{size:.1f}" for size in sizes)
     return (
         f"{label}| {row['ms']:.1f} | {rate / 1e3:,.1f}k | {used} | {memory} | {row['first_step_seconds']:.0f} "
         f"| {row['recompute']}{'; ' if ratios else ''}{ratios} |"
@@ -376,8 +382,8 @@ def show(row: dict, rates: dict[str, float]) -> str:
 
 
 HEADER = (
-    "| experiment | batch | arm | ms a step | bytes/s | model FLOPs of peak | GiB allocated, reserved | first step s "
-    "| recompute; ratios |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| experiment | batch | arm | ms a step | bytes/s | model FLOPs of peak | GiB allocated, reserved, expected "
+    "| first step s | recompute; ratios |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -482,7 +488,7 @@ def floors(work: Work, trained: Trained) -> dict[str, float]:
     spec, tokens = work.spec, work.batch * work.spec.context
     name = torch.cuda.get_device_name()
     rate = next((r for n, r in BYTES_PER_SECOND.items() if n in name), 3.0e12)
-    cost = cost_of(spec, half=True)
+    cost = cost_of(spec)
     pairs = cost.pairs * spec.context * spec.layers * spec.heads
     attention = 3 * 2 * pairs * (spec.qk + spec.width) / spec.heads * work.batch
     products = cost.flops * work.batch - attention
@@ -630,7 +636,7 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, no number counts"
     print(f"{name}, torch {torch.__version__}, {options.dtype}".replace("torch.", ""))
     for work in {w.name: w for w in works}.values():
-        parameters = cost_of(work.spec, half=True).parameters
+        parameters = cost_of(work.spec).parameters
         print(f"{work.name}: {parameters / 1e6:.2f}M parameters, dropout {work.spec.dropout}")
     rows = compare(works, options, device)
     if options.cold:

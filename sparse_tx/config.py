@@ -18,7 +18,7 @@ from sparse_tx.attention.heads import KINDS
 from sparse_tx.data.spec import DataSpec
 from sparse_tx.errors import UserError
 from sparse_tx.merge import typed
-from sparse_tx.model.spec import AttentionSpec, ModelSpec
+from sparse_tx.model.spec import RECOMPUTE, AttentionSpec, ModelSpec
 
 SPLITS = ("train", "validation", "test")
 WEIGHTS = ("ema", "live")
@@ -197,10 +197,13 @@ class TrainConfig:
     debug: str | None = None
 
     def model_spec(self) -> ModelSpec:
+        """model.recompute=auto is "none" here: the model is the same, and a run decides by its device's memory."""
         order = self.attention.order
         attention = {**dataclasses.asdict(self.attention), "order": None if order is None else tuple(order)}
         model = dataclasses.asdict(self.model)
         model.pop("name")
+        if model["recompute"] == "auto":
+            model["recompute"] = "none"
         return ModelSpec(kind=self.data.kind, context=self.data.context, attention=AttentionSpec(**attention), **model)
 
     def plain(self) -> dict[str, Any]:
@@ -293,6 +296,7 @@ def training(cfg: DictConfig) -> TrainConfig:
     config = typed(cfg, TrainConfig)
     if config.attention.name not in KINDS:
         raise UserError(f"attention={config.attention.name} is not known: use one of {', '.join(KINDS)}")
+    _one_of("model.recompute", config.model.recompute, ("auto", *RECOMPUTE))
     try:
         config.model_spec()
     except ValueError as error:

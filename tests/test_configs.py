@@ -86,7 +86,7 @@ def test_the_flops_of_dense_attention_are_those_counted_by_hand():
     from sparse_tx.model import AttentionSpec, ModelSpec
     from sparse_tx.model.cost import cost_of
 
-    cost = cost_of(ModelSpec("text", 8, 1, 4, 2, 4, 16, AttentionSpec("full")), half=False)
+    cost = cost_of(ModelSpec("text", 8, 1, 4, 2, 4, 16, AttentionSpec("full")))
     products = 8 * (4 * (4 + 4 + 4) + 4 * 4 + 4 * 16 + 16 * 4 + 4 * 256)  # q, k, v; out; feed-forward; logits
     pairs = 2 * 36 * (2 + 2)  # heads x pairs x (Dqk + Dv)
     assert cost.flops == 3 * 2 * (products + pairs)
@@ -126,7 +126,7 @@ def test_steps_of_the_papers_epochs():
         (["evaluation.min_context=512"], "evaluation.min_context=512"),
         (["name=a/b"], "name='a/b'"),
         (["model.dropout=1"], "model.dropout=1.0"),
-        (["model.recompute=all"], "use one of none, attention, block"),
+        (["model.recompute=all"], "use one of auto, none, feedforward, attention, cheap, block"),
         (["trainer.ema_decay=1"], "trainer.ema_decay=1.0"),
         (["profile=true", "trainer.max_steps=4"], "profile=true traces steps 3 to 5: trainer.max_steps=4"),
     ],

@@ -66,7 +66,7 @@ def _shape(spec: ModelSpec) -> list[str]:
     a = spec.attention
     numbers = {"stride": a.stride, "c": a.c, "reach": a.reach, "global tokens": a.global_tokens}
     given = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)
-    parameters = cost_of(spec, half=False).parameters
+    parameters = cost_of(spec).parameters
     return [
         "| parameters | context | layers | width | heads | attention |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -7,6 +7,7 @@ chunk's gradient is taken as soon as its logits are there, as the loss is the su
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,9 @@ def _nats_and_gradient(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return nats.double().sum(), (log_p.exp() - hit.to(wide.dtype)).to(logits.dtype)
 
 
-_fused_nats_and_gradient = torch.compile(_nats_and_gradient, dynamic=False, fullgraph=True)
+@cache
+def _fused_nats_and_gradient():
+    return torch.compile(_nats_and_gradient, dynamic=False, fullgraph=True)  # whose import takes seconds
 
 
 class _MeanNats(torch.autograd.Function):
@@ -95,7 +98,7 @@ class _MeanNats(torch.autograd.Function):
         wide = torch.promote_types(h.dtype, gain.dtype)
         low = weight.to(wide if dtype is None else dtype)
         total = torch.zeros((), dtype=torch.float64, device=h.device)
-        grade = _fused_nats_and_gradient if compiled else _nats_and_gradient
+        grade = _fused_nats_and_gradient() if compiled else _nats_and_gradient
         d_rows = torch.empty_like(rows) if grad else None
         d_gain, d_shift, d_weight = (torch.zeros_like(t, dtype=wide) for t in (gain, shift, weight))
         with torch.autocast(h.device.type, enabled=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sparse_tx.attention.api import BACKENDS
@@ -12,7 +12,9 @@ from sparse_tx.attention.patterns import Pattern
 
 VOCABULARY = 256  # bytes
 DATA_KINDS = ("image", "text", "audio")
-RECOMPUTE = ("none", "attention", "block")
+# What a block runs again in the backward pass in place of keeping it, the cheapest in time first: the inner activations
+# of the feed-forward; the attention half; all but the output of attention itself; all.
+RECOMPUTE = ("none", "feedforward", "attention", "cheap", "block")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ class ModelSpec:
         width = self.attention.stride or math.isqrt(self.context - 1) + 1
         width = min(width, self.context)
         return -(-self.context // width), width
+
+    def recomputing(self, again: str) -> ModelSpec:
+        """The same model with another `recompute`."""
+        return replace(self, recompute=again)
 
     def plain(self) -> dict[str, Any]:
         """As plain data, for a checkpoint."""

@@ -18,9 +18,11 @@ from torch.distributed import TCPStore
 from sparse_tx.checkpoint import Checkpoint, read_checkpoint
 from sparse_tx.config import TrainConfig
 from sparse_tx.errors import UserError
+from sparse_tx.model import ModelSpec
 
 RESULT = "result.json"
 _SHARED = "SPARSE_TX_RUN_FOLDER"  # tells the processes of a run which folder the first one made
+_PARTS_MAY_DIFFER = {"trainer": ("devices", "max_time", "cuda_graph"), "model": ("recompute",)}
 _MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output", "debug", "sweep")
 
 
@@ -73,7 +75,7 @@ def find_resume(config: TrainConfig) -> Path | None:
         checkpoint = read_checkpoint(config.resume)
         if "optimizer_states" not in checkpoint.contents:
             raise UserError(f"resume={config.resume} is an exported model: only a run's own checkpoint can be resumed")
-        if checkpoint.spec != config.model_spec():
+        if _without_recompute(checkpoint.spec) != _without_recompute(config.model_spec()):
             raise UserError(
                 f"resume={config.resume} holds another model: {_first_difference(checkpoint, config)}; give the same "
                 "config as the run that wrote it"
@@ -97,14 +99,23 @@ def newest_checkpoint(folders: Iterable[Path], config: TrainConfig) -> Path | No
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a plain config must agree for a run to go on: all but where it logs, its devices and its time."""
+    """What of a plain config must agree for a run to go on: all but where it logs, its devices and its time.
+
+    What only trades memory for time may differ as well: a run may go on on another device.
+    """
     kept = {k: v for k, v in config.items() if k not in _MAY_DIFFER}
-    kept["trainer"] = {k: v for k, v in config["trainer"].items() if k not in ("devices", "max_time")}
+    for group, keys in _PARTS_MAY_DIFFER.items():
+        kept[group] = {k: v for k, v in config[group].items() if k not in keys}
     return kept
 
 
+def _without_recompute(spec: ModelSpec) -> ModelSpec:
+    """What is run again changes no number, and what fits depends on the device."""
+    return spec.recomputing("none")
+
+
 def _first_difference(checkpoint: Checkpoint, config: TrainConfig) -> str:
-    theirs, ours = checkpoint.spec.plain(), config.model_spec().plain()
+    theirs, ours = (_without_recompute(s).plain() for s in (checkpoint.spec, config.model_spec()))
     for key in ours:
         if theirs[key] != ours[key]:
             return f"{key} is {theirs[key]} there and {ours[key]} here"

@@ -37,9 +37,10 @@ from sparse_tx.training.folders import (
 )
 from sparse_tx.training.loggers import check_loggers, close_loggers, log_checkpoint, make_loggers
 from sparse_tx.training.media import SAMPLE_LENGTH, DrawSamples
+from sparse_tx.training.memory import by_policy, choose
 from sparse_tx.training.module import TrainingModule
 from sparse_tx.training.progress import Progress, display
-from sparse_tx.training.summary import batch_flops, conclude, describe, expect, say
+from sparse_tx.training.summary import batch_a_device, batch_flops, conclude, describe, expect, say
 
 _NOTICES = (
     ".*does not have many workers.*",
@@ -59,10 +60,22 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
     that can be wrong with the config, the checkpoint to resume and the data is found before that.
     """
     device, precision = _device_and_precision(config)
-    cost = cost_of(config.model_spec(), half=precision != "32-true")
-    describe(config, cost, device, precision)
+    spec = config.model_spec()
+    cost = cost_of(spec)
+    # A dry run without a GPU tells what one would need.
+    on_a_gpu = config.dry_run and device.type == "cpu" and config.trainer.precision != "32"
+    memory = by_policy(
+        spec,
+        batch_a_device(config),
+        half=precision != "32-true" or on_a_gpu,
+        blocks="compiled" if _compiles(config, device) or on_a_gpu else "plain",
+        optimizer=config.optimizer.name,
+    )
+    if config.model.recompute == "auto" and device.type == "cuda":
+        spec = spec.recomputing(choose(memory, torch.cuda.mem_get_info()[0]))
+    describe(config, spec, cost, memory, device, precision, "a GPU" if on_a_gpu else "a device")
     if config.dry_run:
-        return expect(config, cost)
+        return expect(config, cost, memory[spec.recompute])
     resume = find_resume(config) if folder is None else newest_checkpoint([folder], config)
     if config.resume == "auto" or (folder is not None and resume is not None):
         say(f"resume: {resume}" if resume else "resume: no checkpoint of this config, starting fresh")
@@ -78,7 +91,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
 
     _quiet()
     seed_everything(config.seed, workers=True, verbose=False)
-    module = TrainingModule(config, capture=_capture(config, device, precision))
+    module = TrainingModule(config, spec, capture=_capture(config, device, precision))
     loggers = _loggers(config, folder, resume, cost)
     trainer, progress = _trainer(config, folder, precision, cost, loggers)
     failed = True
@@ -245,6 +258,10 @@ def _capture(config: TrainConfig, device: torch.device, precision: str) -> str:
     fits = fits and precision != "16-mixed" and not config.profile
     fits = fits and set(backends(config.model_spec(), device, precision).split("/")) <= {"triton", "sdpa"}
     return "auto" if fits else "false"
+
+
+def _compiles(config: TrainConfig, device: torch.device) -> bool:
+    return config.trainer.compile == "true" or (config.trainer.compile == "auto" and device.type == "cuda")
 
 
 def _quiet() -> None:

@@ -31,7 +31,8 @@ class Gradients:
     128 thin layers are some ten thousand launches a step, which take the CPU three times as long as the GPU (the 59M
     model on one H200: 340 ms of which the GPU works 109). The first call compiles and allocates whatever the capture
     must not, and is a step like all others: nothing is run only to warm up, so that no state can differ. A batch of
-    another shape is run launch by launch. The gradients stay in place: set none of them to None between calls.
+    another shape is run launch by launch, as all are on a CPU. The gradients stay in place: set none of them to None
+    between calls.
     """
 
     def __init__(
@@ -52,15 +53,16 @@ class Gradients:
         self._step: Tensor | None = None
 
     def __call__(self, tokens: Tensor, step: int, rows: Tensor) -> Tensor:
-        """tokens: (B, S) integers, rows: (B,) int64, both on the GPU. Returns the loss (), not to be differentiated."""
+        """tokens: (B, S) integers, rows: (B,) int64, on the device. Returns the loss (), not to be differentiated."""
         if self._step is None:
             self._step = torch.zeros((), dtype=torch.long, device=tokens.device)
         self._step.fill_(step)  # a launch that carries the number: a copy from the host would wait for the device
         inputs = tokens, self._step, rows
         if self._graph is not None and tokens.shape == self._shape:
             return self._replay(inputs)
-        if self._graph is not None or self._shape != tokens.shape or not self.captures:
-            self._shape = self._shape if self._graph is not None else tokens.shape
+        if self._graph is not None or tokens.shape != self._shape or not (self.captures and tokens.is_cuda):
+            if self._graph is None:
+                self._shape = tokens.shape
             return self._launch(inputs)
         try:
             self._capture(inputs)
@@ -77,11 +79,13 @@ class Gradients:
         for p in self.parameters:
             p.grad = None
         loss = self.loss(*inputs)
-        with torch.autocast("cuda", enabled=False):
+        with torch.autocast(loss.device.type, enabled=False):
             loss.backward()
         return loss.detach()
 
     def _launch(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        if not inputs[0].is_cuda:
+            return self._run(inputs)
         # On the stream that the capture takes: libraries keep workspaces by stream.
         if self._stream is None:
             self._stream = torch.cuda.Stream()

@@ -11,9 +11,11 @@ from sparse_tx.attention import Pattern
 from sparse_tx.config import TrainConfig
 from sparse_tx.data import DataModule
 from sparse_tx.evaluation.run import backends, reference_lines, unit_of
+from sparse_tx.model import ModelSpec
 from sparse_tx.model.cost import Cost
 from sparse_tx.shell import spelled
 from sparse_tx.training.folders import override
+from sparse_tx.training.memory import Memory
 from sparse_tx.training.peak import device_peak, peak_flops
 from sparse_tx.training.progress import Progress
 from sparse_tx.training.words import clock, gibibytes, readable
@@ -27,10 +29,17 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def describe(config: TrainConfig, cost: Cost, device: torch.device, precision: str) -> None:
+def describe(
+    config: TrainConfig,
+    spec: ModelSpec,
+    cost: Cost,
+    memory: dict[str, Memory],
+    device: torch.device,
+    precision: str,
+    place: str,
+) -> None:
     """What will be trained, on what, by which backend, and what a step takes."""
     model, data, trainer, optimizer = config.model, config.data, config.trainer, config.optimizer
-    spec = config.model_spec()
     say(f"parameters: {cost.parameters / 1e6:.2f}M")
     say(
         f"model: {model.name}: {model.layers} layers, width {model.width}, {model.heads} heads, qk {model.qk}, "
@@ -47,21 +56,27 @@ def describe(config: TrainConfig, cost: Cost, device: torch.device, precision: s
         f"training: {trainer.max_steps} steps of {optimizer.name}, lr {optimizer.lr:g}"
         + ("" if trainer.max_time is None else f", {trainer.max_time} at most")
     )
-    batch = data.batch_size
-    if trainer.devices.isdigit():
-        batch = -(-batch // int(trainer.devices))
-    activations = batch * cost.activation_bytes
     say(f"FLOPs: {readable(batch_flops(config, cost))} a step")
+    taken = memory[spec.recompute]
     say(
-        f"memory: {gibibytes(cost.state_bytes + activations)} expected on a device (weights, gradients, AdamW, EMA "
-        f"{gibibytes(cost.state_bytes)}; activations {gibibytes(activations)})"
+        f"memory: {gibibytes(taken.total)} expected on {place} (weights, gradients, optimizer, EMA "
+        f"{gibibytes(taken.state)}; activations {gibibytes(taken.kept)}; one block's backward pass "
+        f"{gibibytes(taken.working)})"
     )
+    others = ", ".join(f"{again} {gibibytes(m.total)}" for again, m in memory.items())
+    say(f"recompute: {spec.recompute}{' (auto)' if model.recompute == 'auto' else ''}; of {others}")
     on = device.type
     if device.type == "cuda":
         on += f" ({torch.cuda.get_device_name(device)})"
         if device_peak(device, half=precision != "32-true") is None:
             on += ", whose peak FLOP/s is not known: no utilisation is shown"
     say(f"backend: {backends(spec, device, precision)} on {on}, {precision}")
+
+
+def batch_a_device(config: TrainConfig) -> int:
+    """Windows a step on one device."""
+    devices = config.trainer.devices
+    return -(-config.data.batch_size // (int(devices) if devices.isdigit() else max(1, torch.cuda.device_count())))
 
 
 def batch_flops(config: TrainConfig, cost: Cost) -> int:
@@ -90,7 +105,7 @@ def _numbers(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def expect(config: TrainConfig, cost: Cost) -> dict[str, Any]:
+def expect(config: TrainConfig, cost: Cost, memory: Memory) -> dict[str, Any]:
     """What a dry run reports beyond `describe`: nothing is loaded, trained or written."""
     steps, step_flops = config.trainer.max_steps, batch_flops(config, cost)
     peak = peak_flops("NVIDIA H200", half=True)
@@ -102,7 +117,7 @@ def expect(config: TrainConfig, cost: Cost) -> dict[str, Any]:
     return {
         "parameters": cost.parameters,
         "flops_per_step": step_flops,
-        "memory_bytes": cost.state_bytes + config.data.batch_size * cost.activation_bytes,
+        "memory_bytes": memory.total,
         "seconds": seconds,
         "context": config.data.context,
         "attention": config.attention.name,
