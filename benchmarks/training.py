@@ -234,7 +234,7 @@ def ours(
     torch.manual_seed(0)
     model = Transformer(work.spec).to(device).train()
     loss = StepLoss(model, seed=1)
-    if how == "fused" and device.type == "cuda" and hasattr(model, "fuse_blocks"):
+    if how == "fused" and device.type == "cuda":
         model.fuse_blocks(residual)
     elif residual is not None:
         raise NotImplementedError("only fused blocks have a residual stream in 16 bits")
@@ -332,7 +332,7 @@ def attempt(arm: str, work: Work, options: argparse.Namespace, device: torch.dev
         "utilisation": None if peak is None else flops(arm, work) / seconds / peak,
     }
     if device.type == "cuda":
-        blocks = {"compiled": "compiled"}.get(arm, "fused" if hasattr(Transformer, "fuse_blocks") else "compiled")
+        blocks = "compiled" if arm == "compiled" else "fused"
         residual = 2 if "bf16 residual" in arm else 4
         if arm in OURS:
             row["expected"] = memory_of(work.spec, work.batch, half=True, blocks=blocks, residual=residual).total

@@ -105,6 +105,7 @@ class TrainerConfig:
     devices: str = "1"
     strategy: str = "auto"
     precision: str = "auto"
+    fused: str = "auto"
     compile: str = "auto"
     cuda_graph: str = "auto"
     max_steps: int = MISSING
@@ -331,10 +332,9 @@ def training(cfg: DictConfig) -> TrainConfig:
     _one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
     _one_of("trainer.strategy", trainer.strategy, ("auto", "ddp"))
     trainer.precision = _precision("trainer.precision", trainer.precision)
-    trainer.compile = trainer.compile.lower()
-    _one_of("trainer.compile", trainer.compile, ("auto", "true", "false"))
-    trainer.cuda_graph = trainer.cuda_graph.lower()
-    _one_of("trainer.cuda_graph", trainer.cuda_graph, ("auto", "true", "false"))
+    for key in ("fused", "compile", "cuda_graph"):
+        setattr(trainer, key, getattr(trainer, key).lower())
+        _one_of(f"trainer.{key}", getattr(trainer, key), ("auto", "true", "false"))
     if trainer.devices != "auto" and not (trainer.devices.isdigit() and int(trainer.devices) >= 1):
         raise UserError(f"trainer.devices={trainer.devices}: give a number of at least 1, or auto for all there are")
     if trainer.max_time is not None and not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", trainer.max_time):

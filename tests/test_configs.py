@@ -126,7 +126,7 @@ def test_steps_of_the_papers_epochs():
         (["evaluation.min_context=512"], "evaluation.min_context=512"),
         (["name=a/b"], "name='a/b'"),
         (["model.dropout=1"], "model.dropout=1.0"),
-        (["model.recompute=all"], "use one of auto, none, feedforward, attention, cheap, block"),
+        (["model.recompute=all"], "use one of auto, none, activation, feedforward, attention, cheap, block"),
         (["trainer.ema_decay=1"], "trainer.ema_decay=1.0"),
         (["profile=true", "trainer.max_steps=4"], "profile=true traces steps 3 to 5: trainer.max_steps=4"),
     ],

@@ -49,8 +49,10 @@ def test_what_plain_blocks_keep_is_what_is_expected(again):
 @pytest.mark.parametrize("blocks", INNER)
 def test_running_more_again_takes_less(blocks):
     policies = by_policy(sized(), 4, half=True, blocks=blocks, optimizer="adamw")
-    totals = [m.kept for m in policies.values()]
-    assert totals == sorted(totals, reverse=True)
+    kept = {again: m.kept for again, m in policies.items()}
+    pairs = [("none", "activation"), ("activation", "feedforward"), ("none", "attention"), ("attention", "block")]
+    pairs += [("feedforward", "cheap"), ("attention", "cheap"), ("cheap", "block")]
+    assert all(kept[more] < kept[less] for less, more in pairs if {less, more} <= kept.keys())
     assert list(policies) == [p for p in RECOMPUTE if p in policies]
 
 
@@ -59,7 +61,9 @@ def test_the_fastest_that_fits_is_taken_and_else_the_smallest():
     assert choose(policies, 1000 * GIB) == "none"
     assert choose(policies, 0) == "block"
     for again in RECOMPUTE:
-        assert choose(policies, int(policies[again].total / 0.9)) == again
+        enough = int(policies[again].total / 0.9)
+        earlier = RECOMPUTE[: RECOMPUTE.index(again)]
+        assert choose(policies, enough) == next((e for e in earlier if policies[e].total <= 0.92 * enough), again)
 
 
 def test_a_step_of_the_largest_context_fits_an_h200_only_when_blocks_are_run_again():

@@ -192,6 +192,11 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert all("exp_avg" in optimizer.state[p] for n, p in model.named_parameters() if n not in by_muon)
 
 
+def test_fused_blocks_are_refused_where_no_kernel_runs(trained):
+    with pytest.raises(UserError, match=r"trainer\.fused=true cannot run here: "):
+        trained("trainer.fused=true")
+
+
 def test_compiled_blocks_give_the_losses_of_plain_ones(trained):
     settings = ("trainer.max_steps=20", "data=cifar10", "attention=strided", "model.dropout=0.1")
     plain, compiled = (losses(trained(*settings, f"trainer.compile={c}")) for c in ("false", "true"))
@@ -210,6 +215,21 @@ def test_a_captured_step_gives_the_losses_of_launch_by_launch(compose):
 
     plain, captured = run("false"), run("true")
     assert captured == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_on_a_gpu_has_the_losses_of_a_plain_one(compose, optimizer):
+    from train import train
+
+    def run(*how):
+        settings = ("data=cifar10", "attention=strided", f"optimizer={optimizer}", "model.dropout=0.1")
+        settings += ("trainer.max_steps=20", "trainer.precision=32", *how)
+        return losses(train(compose("train", "debug=fast", "trainer=gpu", *settings)))
+
+    plain = run("trainer.fused=false", "trainer.cuda_graph=false", "trainer.compile=false", "attention.backend=blocked")
+    assert run("trainer.compile=true") == pytest.approx(plain, rel=1e-3)
 
 
 def test_a_captured_step_is_refused_without_a_gpu(trained):

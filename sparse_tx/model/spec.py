@@ -12,9 +12,9 @@ from sparse_tx.attention.patterns import Pattern
 
 VOCABULARY = 256  # bytes
 DATA_KINDS = ("image", "text", "audio")
-# What a block runs again in the backward pass in place of keeping it, the cheapest in time first: the inner activations
-# of the feed-forward; the attention half; all but the output of attention itself; all.
-RECOMPUTE = ("none", "feedforward", "attention", "cheap", "block")
+# What a block runs again in the backward pass in place of keeping it, the cheapest in time first: the activation of the
+# feed-forward; its first product too; the attention half; all but the output of attention itself; all.
+RECOMPUTE = ("none", "activation", "feedforward", "attention", "cheap", "block")
 
 
 @dataclass(frozen=True)

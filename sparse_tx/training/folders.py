@@ -22,7 +22,7 @@ from sparse_tx.model import ModelSpec
 
 RESULT = "result.json"
 _SHARED = "SPARSE_TX_RUN_FOLDER"  # tells the processes of a run which folder the first one made
-_PARTS_MAY_DIFFER = {"trainer": ("devices", "max_time", "cuda_graph"), "model": ("recompute",)}
+_PARTS_MAY_DIFFER = {"trainer": ("devices", "max_time", "fused", "compile", "cuda_graph"), "model": ("recompute",)}
 _MAY_DIFFER = ("resume", "logger", "dry_run", "profile", "output", "debug", "sweep")
 
 

@@ -21,15 +21,21 @@ from sparse_tx.training.update import Clipping
 CHECKPOINT_FORMAT = 1
 
 
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether torch.compile is used on what is not fused."""
+    return config.trainer.compile == "true" or (config.trainer.compile == "auto" and device.type == "cuda")
+
+
 class TrainingModule(LightningModule):
-    """gradients: takes a step's forward and backward pass by itself, as one CUDA graph; None leaves both to Lightning.
+    """Trains a model of `spec`: that of the config, with what it leaves open (`model.recompute=auto`) decided."""
 
-    spec: the model, with what `config` leaves open (`model.recompute=auto`) decided.
-    """
-
-    def __init__(self, config: TrainConfig, spec: ModelSpec | None = None, *, capture: str = "false") -> None:
-        """capture: whether a step is one CUDA graph; "auto" goes on without where that fails, and says so."""
+    def __init__(
+        self, config: TrainConfig, spec: ModelSpec | None = None, *, blocks: str = "plain", capture: str = "false"
+    ) -> None:
+        """blocks: how they run, of `memory.INNER`. capture: whether a step is one CUDA graph; "auto" goes on without
+        where that fails, and says so."""
         super().__init__()
+        self.kind = blocks
         self.config, self.spec = config, spec or config.model_spec()
         self.model = Transformer(self.spec)
         self.score = Score()
@@ -43,10 +49,13 @@ class TrainingModule(LightningModule):
             self._gradients = Gradients(self._loss[0], parameters, failed=failed)
 
     def setup(self, stage: str) -> None:
-        wanted = self.config.trainer.compile
-        if wanted == "true" or (wanted == "auto" and self.trainer.strategy.root_device.type == "cuda"):
+        if self.kind == "compiled":
             self.model.compile_blocks()
-            self._loss[0].compiled = True
+        self._loss[0].compiled = compiles(self.config, self.trainer.strategy.root_device)
+
+    def on_fit_start(self) -> None:
+        if self.kind == "fused":
+            self.model.fuse_blocks()  # only here are the weights on their device
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         tokens, rows = batch["tokens"], batch["rows"]

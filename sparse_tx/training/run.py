@@ -17,6 +17,7 @@ from sparse_tx.data import DataModule, prepare
 from sparse_tx.errors import UserError
 from sparse_tx.evaluation.run import backends, unit_of
 from sparse_tx.model.cost import Cost, cost_of
+from sparse_tx.model.fused import unsupported
 from sparse_tx.training.callbacks import (
     BEST,
     LAST,
@@ -38,7 +39,7 @@ from sparse_tx.training.folders import (
 from sparse_tx.training.loggers import check_loggers, close_loggers, log_checkpoint, make_loggers
 from sparse_tx.training.media import SAMPLE_LENGTH, DrawSamples
 from sparse_tx.training.memory import by_policy, choose
-from sparse_tx.training.module import TrainingModule
+from sparse_tx.training.module import TrainingModule, compiles
 from sparse_tx.training.progress import Progress, display
 from sparse_tx.training.summary import batch_a_device, batch_flops, conclude, describe, expect, say
 
@@ -62,13 +63,14 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
     device, precision = _device_and_precision(config)
     spec = config.model_spec()
     cost = cost_of(spec)
+    blocks = _blocks(config, device)
     # A dry run without a GPU tells what one would need.
     on_a_gpu = config.dry_run and device.type == "cpu" and config.trainer.precision != "32"
     memory = by_policy(
         spec,
         batch_a_device(config),
         half=precision != "32-true" or on_a_gpu,
-        blocks="compiled" if _compiles(config, device) or on_a_gpu else "plain",
+        blocks="fused" if on_a_gpu and config.trainer.fused != "false" else blocks,
         optimizer=config.optimizer.name,
     )
     if config.model.recompute == "auto" and device.type == "cuda":
@@ -91,7 +93,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
 
     _quiet()
     seed_everything(config.seed, workers=True, verbose=False)
-    module = TrainingModule(config, spec, capture=_capture(config, device, precision))
+    module = TrainingModule(config, spec, blocks=blocks, capture=_capture(config, device, precision))
     loggers = _loggers(config, folder, resume, cost)
     trainer, progress = _trainer(config, folder, precision, cost, loggers)
     failed = True
@@ -260,8 +262,14 @@ def _capture(config: TrainConfig, device: torch.device, precision: str) -> str:
     return "auto" if fits else "false"
 
 
-def _compiles(config: TrainConfig, device: torch.device) -> bool:
-    return config.trainer.compile == "true" or (config.trainer.compile == "auto" and device.type == "cuda")
+def _blocks(config: TrainConfig, device: torch.device) -> str:
+    """How the residual blocks run: "fused", "compiled" or "plain"."""
+    wanted, reason = config.trainer.fused, unsupported(device)
+    if wanted == "true" and reason is not None and not config.dry_run:
+        raise UserError(f"trainer.fused=true cannot run here: {reason}")
+    if reason is None and (wanted == "true" or (wanted == "auto" and device.type == "cuda")):
+        return "fused"
+    return "compiled" if compiles(config, device) else "plain"
 
 
 def _quiet() -> None:
