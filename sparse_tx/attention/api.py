@@ -12,7 +12,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from sparse_tx.attention.blocked import blocked_attention
 from sparse_tx.attention.kernels import packed_attention as triton_packed
 from sparse_tx.attention.kernels import triton_attention, unsupported
 from sparse_tx.attention.oracle import oracle_attention
@@ -71,6 +70,9 @@ def sparse_attention(q, k, v, pattern, *, scale=None, backend="auto", return_lse
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     if backend == "blocked":
+        # Not above: what keeps compilers out of it imports torch's compiler, nearly as long as torch itself.
+        from sparse_tx.attention.blocked import blocked_attention
+
         out, lse = blocked_attention(q, k, v, patterns, scale, return_lse)
     else:
         out, lse = (triton_attention if backend == "triton" else oracle_attention)(q, k, v, patterns, scale)
