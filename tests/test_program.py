@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 
 from sparse_tx import cli, doctor
 from sparse_tx.config import config_folder
+from sparse_tx.shell import spelled
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,6 +84,27 @@ def test_commands_and_mistakes_are_told_in_a_few_lines(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert message in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("started", "command"),
+    [
+        ("train.py", "python sample.py"),
+        ("./train.py", "python sample.py"),
+        ("/else where/train.py", "python '/else where/sample.py'"),
+        ("/usr/bin/sparse-tx", "sparse-tx sample"),
+        ("/site/sparse_tx/__main__.py", "python -m sparse_tx sample"),
+        ("/usr/bin/pytest", "python sample.py"),
+    ],
+)
+def test_the_next_command_is_spelled_as_this_one_was(monkeypatch, started, command):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert spelled("sample") == command
+
+
+def test_attention_is_imported_without_torchs_compiler():
+    code = "import sys, sparse_tx.attention; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")
