@@ -1,8 +1,13 @@
 """The decode cache: what it keeps, and that a step over it gives the logits of the whole forward pass."""
 
+from functools import reduce
+from operator import or_
+
 import pytest
 import torch
 from every_pattern import patterns_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparse_tx.attention import Block, Column, Full, Global, Summary, Window, sparse_attention
 from sparse_tx.attention.cache import cached_rows
@@ -58,6 +63,38 @@ def test_heads_keep_summary_slots_and_patterns_of_their_own(n, static):
     for start in sorted({0, n // 2, n - 1}):
         out = stepwise(q, k, v, patterns, n, start, static)
         torch.testing.assert_close(out, whole[:, start:], rtol=0, atol=1e-12)
+
+
+@st.composite
+def any_pattern(draw):
+    l = draw(st.integers(1, 13))
+    c = draw(st.integers(1, l))
+    summary = Summary(l, c, draw(st.integers(0, l // c - 1)))
+    reaching, tokens = Column(l, reach=draw(st.integers(0, 5))), Global(draw(st.integers(1, 40)))
+    return draw(st.sampled_from([Full(), Window(l), Column(l), reaching, Block(l), summary, tokens]))
+
+
+@st.composite
+def any_heads(draw):
+    """Patterns of 1 to 4 heads, each the union of 1 to 4 parts of any strides."""
+
+    def head():
+        return reduce(or_, [draw(any_pattern()) for _ in range(draw(st.integers(1, 4)))])
+
+    heads = draw(st.integers(1, 4))
+    return [head()] * heads if draw(st.booleans()) else [head() for _ in range(heads)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(patterns=any_heads(), data=st.data())
+def test_steps_over_the_cache_equal_attention_for_any_union_of_patterns(patterns, data):
+    n = data.draw(st.integers(1, 70), "positions that the cache is made for")
+    S = data.draw(st.integers(1, n), "positions")
+    start = data.draw(st.integers(0, S - 1), "prompt")
+    q, k, v = inputs(1, S, len(patterns), seed=n + S)
+    whole = sparse_attention(q, k, v, patterns, backend="oracle")
+    out = stepwise(q, k, v, patterns, n, start, static=data.draw(st.booleans(), "static"))
+    torch.testing.assert_close(out, whole[:, start:], rtol=0, atol=1e-11)
 
 
 def most_needed(pattern, n):
