@@ -78,7 +78,12 @@ def choose_device(name: str) -> torch.device:
     """ "auto", "cpu", "cuda" or "cuda:1" as a device that is there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(
+            f"device={name} is not known: use auto, cpu, cuda, or a number with it such as cuda:1"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={name}: {torch.cuda.device_count()} GPUs are visible; use device=cpu or auto")
     return device
@@ -148,6 +153,8 @@ def reference_lines(prepared: Prepared, windows: EvaluationWindows, split: str, 
 
 def choose_precision(precision: str, checkpoint: Checkpoint, device: torch.device) -> str:
     """ "auto" as training had it, as far as the device can."""
+    if precision == "16-mixed" and device.type != "cuda":
+        raise UserError("precision=16-mixed needs a GPU: use 32 or bf16-mixed, or leave it out")
     if precision == "auto":
         precision = checkpoint.config["trainer"]["precision"]
     if precision == "auto":
