@@ -66,7 +66,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     if str(path).startswith(hub.PREFIX):
         return folder.read_model(hub.download(str(path)))
-    path = Path(path)
+    path = Path(path).expanduser()
     if folder.is_exported(path):
         return folder.read_model(path)
     if path.is_dir():

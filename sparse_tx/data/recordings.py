@@ -18,9 +18,15 @@ OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the longest one
 STREAMED = 0x7FFF0000  # a WAV header written before the length was known claims about 2^31 or 2^32 bytes
 
 
-def read_recording(path: str | Path) -> np.ndarray:
-    """A whole recording as (N,) uint8 codes. UserError, naming it, if it cannot be read to its end."""
-    return np.concatenate(list(stream_recording(Path(path), str(path))))
+def read_recording(path: str | Path, at_most: int | None = None) -> np.ndarray:
+    """A recording as (N,) uint8 codes, of which no more is read than the first `at_most` need. UserError, naming it, if
+    it cannot be read so far."""
+    pieces: list[np.ndarray] = []
+    for piece in stream_recording(Path(path), str(path)):
+        pieces.append(piece)
+        if at_most is not None and sum(map(len, pieces)) >= at_most:
+            break
+    return np.concatenate(pieces)[:at_most]
 
 
 def stream_recording(source: Path | BinaryIO, where: str) -> Iterator[np.ndarray]:

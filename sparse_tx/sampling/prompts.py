@@ -15,7 +15,7 @@ from sparse_tx.model import ModelSpec
 
 def prompt_files(path: str, kind: str) -> list[Path]:
     """The file named, or those of the kind in the folder named, in order of their names."""
-    given = Path(path)
+    given = Path(path).expanduser()
     if given.is_file():
         return [given]
     if not given.is_dir():
@@ -70,7 +70,7 @@ def _read(path: Path, spec: ModelSpec, keep: int | None) -> np.ndarray:
         raise UserError(f"prompt={path} cannot be read: {error.strerror}") from None
     codes = np.frombuffer(data, np.uint8)
     if spec.kind == "audio":
-        codes = read_recording(path)
+        codes = read_recording(path, keep)
         size = len(codes)
     if keep is None and not 0 < size < spec.context:
         raise UserError(
@@ -85,6 +85,11 @@ def _pixels(path: Path, side: int) -> np.ndarray:
         with Image.open(path) as image:
             if image.size != (side, side):
                 raise UserError(f"prompt={path} is {image.width} x {image.height}: this model draws {side} x {side}")
+            if image.mode.startswith(("I", "F")):
+                # Pillow would clip to 255 what lies above.
+                raise UserError(f"prompt={path} has more than 8 bits a channel (mode {image.mode}): convert it to RGB")
+            if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                raise UserError(f"prompt={path} has transparent pixels, which no bytes stand for: convert it to RGB")
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"prompt={path} cannot be read as an image: {error}") from None
