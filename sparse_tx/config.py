@@ -384,6 +384,9 @@ def sampling(cfg: DictConfig) -> SampleConfig:
     """A composed `sample` config, checked."""
     config = typed(cfg, SampleConfig, shared="debug" in cfg)
     _check_checkpoint_keys(config)
+    for key, value in (("prompt", config.prompt), ("output", config.output), ("format", config.format)):
+        if value == "":
+            raise UserError(f"{key} is empty: give a value, or leave it out")
     _at_least(
         {
             "count": (config.count, 1),

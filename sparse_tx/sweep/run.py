@@ -106,6 +106,9 @@ def _conclude(space: Sequence[Axis], rows: Sequence[Row], folder: Path) -> None:
 
 def _each(function: Callable[[DictConfig], Any], config_name: str, members: Sequence[Sequence[str]]) -> list[str]:
     """Members of evaluate, sample or export: nothing is kept of them, so nothing is skipped."""
+    outputs = [o for overrides in members for o in overrides if o.startswith("output=") and o != "output=null"]
+    if len(set(outputs)) < len(outputs):
+        raise UserError(f"{outputs[0]} would be written over by each member of this sweep: leave it out, or vary it")
     failed = []
     for number, overrides in enumerate(members):
         name = " ".join(overrides)
