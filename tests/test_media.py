@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 
 from sparse_tx import UserError, load
+from sparse_tx.model import AttentionSpec, ModelSpec
 from sparse_tx.sampling.sampler import Sampler
 from sparse_tx.training.media import log_media
 
@@ -44,6 +46,25 @@ def test_a_sample_longer_than_the_context_is_refused(trained):
         trained("callbacks.sample_length=65")
 
 
+def test_a_gpu_without_memory_for_samples_goes_on_training_without_them(trained, monkeypatch, capsys):
+    def out_of_memory(*_, **__):
+        raise torch.cuda.OutOfMemoryError("none left")
+
+    monkeypatch.setattr("sparse_tx.training.media.Sampler", out_of_memory)
+    run = trained(*EVERY)
+    assert run["steps"] == 6
+    assert capsys.readouterr().err.count("samples: not enough memory") == 1
+    assert not (folder_of(run) / "samples").exists()
+
+
+def test_images_cut_short_keep_the_rows_of_the_whole(trained):
+    run = trained("data=cifar10", "attention=strided", *EVERY, "callbacks.sample_length=30")
+    with Image.open(folder_of(run) / "samples" / "step-00000003" / "sample-0000.png") as image:
+        assert image.size == (8, 8)
+    with Image.open(folder_of(run) / "samples" / "step-00000003" / "grid.png") as image:
+        assert image.size == (22, 12)
+
+
 def test_samples_of_an_audio_run_are_sound(trained):
     run = trained("data=audio", "attention=strided", *EVERY, "callbacks.sample_length=30")
     with wave.open(str(folder_of(run) / "samples" / "step-00000006" / "sample-0001.wav")) as sound:
@@ -68,11 +89,15 @@ class Recorder(WandbLogger):
         self.calls.append((key, step, data))
 
 
+def spec_of(kind):
+    return ModelSpec(kind, 48, 1, 16, 1, 16, 16, AttentionSpec("full"))
+
+
 def test_each_kind_is_handed_over_as_what_it_is():
     recorder = Recorder()
     trainer = SimpleNamespace(loggers=[recorder])
     for kind, length in (("image", 48), ("audio", 30), ("text", 5)):
-        log_media(trainer, kind, np.full((2, length), 65, np.uint8), 7)
+        log_media(trainer, spec_of(kind), np.full((2, length), 65, np.uint8), 7)
     assert recorder.calls == [
         ("samples", 7, [(14, 8)]),
         ("samples", 7, [(30, np.dtype(np.int16), 12_000)] * 2),
@@ -86,7 +111,7 @@ def test_each_kind_is_handed_over_as_what_it_is():
 def test_tensorboard_can_read_back_what_it_was_given(tmp_path, kind, length, tag):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = TensorBoardLogger(tmp_path, name="", version="run")
-    log_media(SimpleNamespace(loggers=[logger]), kind, np.full((2, length), 65, np.uint8), 7)
+    log_media(SimpleNamespace(loggers=[logger]), spec_of(kind), np.full((2, length), 65, np.uint8), 7)
     logger.finalize("success")
     read = events.EventAccumulator(str(tmp_path / "run"))
     read.Reload()

@@ -30,7 +30,7 @@ def describe(cfg: DictConfig) -> list[Path]:
     picture = folder / "examples.png"
     paths = [picture]
     if checked.data.kind == "image":
-        writers.grid([writers.image_of(window) for window in windows]).save(picture)
+        writers.grid([writers.image_of(window, window.size) for window in windows]).save(picture)
     elif checked.data.kind == "text":
         for window in windows:
             print(f"--- {len(window)} bytes begin:\n{of.text_of(window)}")

@@ -15,28 +15,25 @@ import sparse_tx
 from sparse_tx.checkpoint import Checkpoint
 from sparse_tx.data.source import file_sha256
 
+MANIFEST = "manifest.json"
+
 
 def bits_by_sample(nats: np.ndarray, prompt: int) -> list[dict[str, float]]:
     """Bits a byte of each sample under the model as it is: of the whole, prompt included, and of what was drawn.
 
-    nats: (N, S), -log of the probability of each byte.
+    nats: (N, S), -log of the probability of each byte; S above the prompt's length.
     """
     bits = nats.astype(np.float64) / math.log(2)
     return [{"bits_per_dim": float(row.mean()), "bits_per_dim_drawn": float(row[prompt:].mean())} for row in bits]
 
 
-def write_manifest(
-    folder: Path,
-    checkpoint: Checkpoint,
-    settings: dict[str, Any],
-    prompts: list[Path],
-    files: list[Path],
-    bits: list[dict[str, float]],
-    device: torch.device,
-) -> Path:
-    """Returns the path of the file. files and bits: of each sample, in order."""
+def describe(
+    checkpoint: Checkpoint, settings: dict[str, Any], prompts: list[Path], device: torch.device
+) -> dict[str, Any]:
+    """All that is known before the first byte is drawn. Hashed here: a run may replace its checkpoint, and a user a
+    prompt, while samples are drawn from what they were."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    manifest = {
+    return {
         "checkpoint": str(checkpoint.path.resolve()),
         "checkpoint_sha256": file_sha256(checkpoint.file),
         "step": checkpoint.step,
@@ -51,8 +48,12 @@ def write_manifest(
         },
         "device": f"{device.type} ({name})",
         "likelihood": "bits a byte under the model without temperature, top_k and top_p",
-        "samples": [{"file": f.name, "number": k, **b} for k, (f, b) in enumerate(zip(files, bits, strict=True))],
     }
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def write_manifest(folder: Path, described: dict[str, Any], samples: list[dict[str, Any]]) -> Path:
+    """Whole or not at all: it is written again with each batch. samples: of each, in order. Returns the path."""
+    path, partial = folder / MANIFEST, folder / f".{MANIFEST}"
+    partial.write_text(json.dumps(described | {"samples": samples}, indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
     return path

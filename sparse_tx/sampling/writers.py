@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import wave
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,17 @@ from PIL import Image
 from sparse_tx.data.mu_law import RATE, expand_mu_law
 
 FORMATS = {"image": ("png", "npy"), "text": ("txt", "bin"), "audio": ("wav", "npy")}
+GRID = "grid.png"
 
 
-def write_samples(tokens: np.ndarray, kind: str, format: str, folder: Path) -> list[Path]:
-    """tokens: (N, S) uint8. One file a sample, and for PNG a grid of all of them first. Returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_samples(tokens: np.ndarray, context: int, format: str, folder: Path, first: int = 0) -> list[Path]:
+    """tokens: (N, S) uint8, samples first to first + N - 1 of a model with this context. One file a sample, in an
+    existing folder. Returns the paths."""
     paths = []
-    if kind == "image" and format == "png":
-        images = [image_of(t) for t in tokens]
-        paths.append(folder / "grid.png")
-        grid(images).save(paths[0])
-    for n, sample in enumerate(tokens):
+    for n, sample in enumerate(tokens, first):
         path = folder / f"sample-{n:04d}.{format}"
         if format == "png":
-            Image.fromarray(images[n]).save(path)
+            Image.fromarray(image_of(sample, context)).save(path)
         elif format == "npy":
             np.save(path, sample)
         elif format == "wav":
@@ -36,9 +34,19 @@ def write_samples(tokens: np.ndarray, kind: str, format: str, folder: Path) -> l
     return paths
 
 
-def image_of(sample: np.ndarray) -> np.ndarray:
-    """(S,) bytes row by row, R G B of a pixel together -> (side, side, 3); what was not drawn is black."""
-    side = math.isqrt(-(-len(sample) // 3) - 1) + 1
+def write_grid(tokens: Sequence[np.ndarray], context: int, folder: Path) -> Path:
+    """All images beside each other, in one PNG."""
+    path = folder / GRID
+    grid([image_of(t, context) for t in tokens]).save(path)
+    return path
+
+
+def image_of(sample: np.ndarray, context: int) -> np.ndarray:
+    """(S,) bytes row by row, R G B of a pixel together -> (side, side, 3), where 3 side side is the context.
+
+    What was not drawn is black.
+    """
+    side = math.isqrt(context // 3)
     pixels = np.zeros(3 * side * side, np.uint8)
     pixels[: len(sample)] = sample
     return pixels.reshape(side, side, 3)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from sparse_tx.data.mu_law import RATE, expand_mu_law
 from sparse_tx.model import ModelSpec
 from sparse_tx.sampling.sampler import Sampler
-from sparse_tx.sampling.writers import FORMATS, grid, image_of, write_samples
+from sparse_tx.sampling.writers import FORMATS, grid, image_of, write_grid, write_samples
 from sparse_tx.training.ema import EMA
 from sparse_tx.training.progress import Progress
 
@@ -48,7 +48,7 @@ class DrawSamples(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or step % self.every or step == self._drawn or not self.every:
+        if not self.every or not trainer.is_global_zero or step % self.every or step == self._drawn:
             return
         self._drawn = step
         started = time.perf_counter()
@@ -59,8 +59,12 @@ class DrawSamples(Callback):
             self.every = 0
             print("samples: not enough memory beside the training, no more are drawn", file=sys.stderr, flush=True)
             return
-        write_samples(samples, self.spec.kind, FORMATS[self.spec.kind][0], self.folder / f"step-{step:08d}")
-        log_media(trainer, self.spec.kind, samples, step)
+        folder = self.folder / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_samples(samples, self.spec.context, FORMATS[self.spec.kind][0], folder)
+        if self.spec.kind == "image":
+            write_grid(list(samples), self.spec.context, folder)
+        log_media(trainer, self.spec, samples, step)
         self.progress.leave_out(time.perf_counter() - started)
 
     def _draw(self, pl_module: LightningModule, dtype: torch.dtype | None) -> np.ndarray:
@@ -70,19 +74,19 @@ class DrawSamples(Callback):
         return np.concatenate([s.tokens.cpu().numpy() for s in sampler.draw(nothing, self.count)])
 
 
-def log_media(trainer: Trainer, kind: str, samples: np.ndarray, step: int) -> None:
+def log_media(trainer: Trainer, spec: ModelSpec, samples: np.ndarray, step: int) -> None:
     """Hand samples (N, S) uint8 to the loggers that can show them: a grid of images, texts, or sound at 12 kHz."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            _to_wandb(logger, kind, samples, step)
+            _to_wandb(logger, spec, samples, step)
         elif isinstance(logger, TensorBoardLogger):
-            _to_tensorboard(logger.experiment, kind, samples, step)
+            _to_tensorboard(logger.experiment, spec, samples, step)
 
 
-def _to_wandb(logger: WandbLogger, kind: str, samples: np.ndarray, step: int) -> None:
-    if kind == "image":
-        logger.log_image("samples", [grid([image_of(s) for s in samples])], step=step)
-    elif kind == "audio":
+def _to_wandb(logger: WandbLogger, spec: ModelSpec, samples: np.ndarray, step: int) -> None:
+    if spec.kind == "image":
+        logger.log_image("samples", [grid([image_of(s, spec.context) for s in samples])], step=step)
+    elif spec.kind == "audio":
         rates = [RATE] * len(samples)
         logger.log_audio("samples", [expand_mu_law(s) for s in samples], step=step, sample_rate=rates)
     else:
@@ -90,13 +94,13 @@ def _to_wandb(logger: WandbLogger, kind: str, samples: np.ndarray, step: int) ->
         logger.log_text("samples", columns=["number", "text"], data=rows, step=step)
 
 
-def _to_tensorboard(writer: Any, kind: str, samples: np.ndarray, step: int) -> None:
-    if kind == "image":
-        pixels = np.asarray(grid([image_of(s) for s in samples]))
+def _to_tensorboard(writer: Any, spec: ModelSpec, samples: np.ndarray, step: int) -> None:
+    if spec.kind == "image":
+        pixels = np.asarray(grid([image_of(s, spec.context) for s in samples]))
         writer.add_image("samples", pixels, step, dataformats="HWC")
         return
     for number, sample in enumerate(samples):
-        if kind == "audio":
+        if spec.kind == "audio":
             wave = torch.from_numpy(expand_mu_law(sample) / np.float32(32768))
             writer.add_audio(f"samples/{number}", wave, step, sample_rate=RATE)
         else:
