@@ -73,6 +73,19 @@ def test_top_k_and_top_p_keep_the_likeliest_bytes():
     assert set(draw(logits, u, 1.0, None, 0.01).tolist()) == {0}
 
 
+def test_of_bytes_equally_likely_top_k_keeps_the_first():
+    logits = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0]).expand(4000, -1)
+    u = uniform(1, 0, torch.arange(4000))
+    assert set(draw(logits, u, 1.0, 2, None).tolist()) == {0, 1}
+    assert set(draw(torch.zeros(4000, 256), u, 1.0, 1, None).tolist()) == {0}
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-308, 1e-320])
+def test_the_smallest_temperatures_take_the_likeliest(temperature):
+    logits = torch.tensor([[-5.0, 3.0, 1.0], [300.0, -3.0, 301.0]])
+    assert draw(logits, torch.tensor([0.2, 0.99]), temperature, None, None).tolist() == [1, 2]
+
+
 def test_the_ends_of_the_unit_interval_stay_on_bytes_with_probability():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
     assert draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, None, None).tolist() == [1, 2]

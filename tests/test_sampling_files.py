@@ -45,40 +45,58 @@ def manifest(folder):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """interrupted(K): Ctrl-C as the K-th set of samples begins."""
+    """interrupted(K): Ctrl-C as the byte K (from 0, over all sets of samples) is about to be drawn."""
 
-    def after(sets):
-        whole, begun = Sampler.advance, []
+    def at(byte):
+        whole, begun = Sampler._step, []
 
-        def advance(self, *arguments):
+        def step(self, *arguments):
             begun.append(1)
-            if len(begun) == sets:
+            if len(begun) > byte:
                 raise KeyboardInterrupt
             whole(self, *arguments)
 
-        monkeypatch.setattr(Sampler, "advance", advance)
+        monkeypatch.setattr(Sampler, "_step", step)
 
-    return after
+    return at
 
 
-def test_an_interrupt_leaves_whole_samples_with_a_grid_and_a_manifest_and_goes_on_to_the_caller(
+def test_an_interrupt_keeps_what_was_drawn_with_grid_and_manifest_and_goes_on_to_the_caller(
     image_model, sample, interrupted, capsys
 ):
-    expected = sample(f"checkpoint={image_model}", "count=20", "output=whole")
-    interrupted(3)
+    asked = (f"checkpoint={image_model}", "count=20", "format=npy")
+    expected = [np.load(p) for p in sample(*asked, "output=whole")]
+    interrupted(192 + 50)
     with pytest.raises(KeyboardInterrupt):
-        sample(f"checkpoint={image_model}", "count=20", "output=part")
-    assert "16 of 20 samples are whole and kept in part" in capsys.readouterr().err
-    names = [f"sample-{k:04d}.png" for k in range(16)]
-    assert sorted(p.name for p in Path("part").iterdir()) == ["grid.png", "manifest.json", *names]
-    assert [s["file"] for s in manifest(Path("part"))["samples"]] == names
-    assert [(Path("part") / n).read_bytes() for n in names] == [p.read_bytes() for p in expected[1:17]]
+        sample(*asked, "output=part")
+    assert "8 of 20 samples are whole, 8 have 50 of 192 bytes: kept in part" in capsys.readouterr().err
+    names = [f"sample-{k:04d}.npy" for k in range(16)]
+    assert sorted(p.name for p in Path("part").iterdir()) == ["manifest.json", *names]
+    told = manifest(Path("part"))["samples"]
+    assert [(s["file"], s["bytes"]) for s in told] == [(n, 192 if k < 8 else 50) for k, n in enumerate(names)]
+    for name, bytes_ in zip(names, expected[:16], strict=True):
+        drawn = np.load(Path("part") / name)
+        assert (drawn == bytes_[: len(drawn)]).all()
+    bits = {"whole": manifest(Path("whole"))["samples"], "part": told}
+    assert bits["part"][0]["bits_per_dim"] == bits["whole"][0]["bits_per_dim"]
 
 
-def test_an_interrupt_before_the_first_sample_leaves_no_folder(text_model, sample, interrupted):
-    interrupted(1)
+def test_an_interrupted_image_is_black_where_it_was_not_drawn(image_model, sample, interrupted):
+    interrupted(24)
     with pytest.raises(KeyboardInterrupt):
-        sample(f"checkpoint={text_model}", "count=3")
+        sample(f"checkpoint={image_model}", "count=3", "output=part")
+    with Image.open("part/grid.png") as grid, Image.open("part/sample-0002.png") as image:
+        assert grid.size == (22, 22)
+        assert image.size == (8, 8)
+        assert (np.asarray(image)[1:] == 0).all()
+        assert (np.asarray(image)[0] != 0).any()
+
+
+def test_an_interrupt_before_the_first_byte_behind_a_prompt_leaves_no_folder(text_model, sample, interrupted, tmp_path):
+    (tmp_path / "start.txt").write_text("import ")
+    interrupted(0)
+    with pytest.raises(KeyboardInterrupt):
+        sample(f"checkpoint={text_model}", "count=3", f"prompt={tmp_path / 'start.txt'}")
     samples = Path(text_model).parent.parent / "samples" / "last"
     assert list(samples.iterdir()) == []
 
@@ -116,7 +134,7 @@ def test_ctrl_c_ends_a_sweep_of_samples_with_130(text_model):
     )
     assert result.returncode == 130, result.stderr
     assert "Traceback" not in result.stderr
-    assert "8 of 9 samples are whole and kept" in result.stderr
+    assert "8 of 9 samples are whole" in result.stderr
     assert "run 2 of 3" not in result.stdout
 
 

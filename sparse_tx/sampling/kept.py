@@ -31,6 +31,7 @@ class Kept:
         self._images: list[np.ndarray] = []
 
     def add(self, samples: Samples) -> None:
+        """samples: the next ones, of fewer bytes than asked for if they were interrupted."""
         tokens, nats = samples.tokens.cpu().numpy(), samples.nats.cpu().numpy()
         if not np.isfinite(nats).all():
             raise UserError(
@@ -40,7 +41,7 @@ class Kept:
         number = len(self.files)
         files = write_samples(tokens, self.spec.context, self.format, self.folder, number)
         for file, bits in zip(files, bits_by_sample(nats, self.prompt), strict=True):
-            entry: dict[str, Any] = {"file": file.name, "number": number}
+            entry: dict[str, Any] = {"file": file.name, "number": number, "bytes": tokens.shape[1]}
             if self.prompts:
                 entry["prompt"] = self.prompts[number % len(self.prompts)].name
             self.entries.append(entry | bits)

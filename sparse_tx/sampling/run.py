@@ -73,6 +73,7 @@ def sample(config: SampleConfig) -> list[Path]:
     }
     kept = Kept(folder, spec, form, describe(checkpoint, settings, files, device), given, files)
     started = time.perf_counter()
+    sampler: Sampler | None = None
     try:
         sampler = Sampler(
             model,
@@ -94,9 +95,13 @@ def sample(config: SampleConfig) -> list[Path]:
             f"batch_size={max(1, batch // 2)}"
         ) from None
     except KeyboardInterrupt:
+        whole, part = len(kept.files), None if sampler is None else sampler.begun()
+        message = f"interrupted: {whole} of {count} samples are whole"
+        if part is not None and part.tokens.shape[1] > given:
+            kept.add(part)
+            message += f", {len(part.tokens)} have {part.tokens.shape[1]} of {length} bytes"
         kept.paths()
-        where = f" in {folder}" if kept.files else ""
-        print(f"interrupted: {len(kept.files)} of {count} samples are whole and kept{where}", file=sys.stderr)
+        print(f"{message}: kept in {folder}" if kept.files else message, file=sys.stderr)
         if config.output is None:
             with contextlib.suppress(OSError):  # it holds some
                 folder.rmdir()

@@ -63,6 +63,7 @@ class Sampler:
         self._position = torch.zeros(1, dtype=torch.long, device=device)
         self._uniforms = torch.zeros(_UNIFORMS, self.batch, dtype=torch.float64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._rows = slice(0, 0)  # of them, those that were asked for
 
     def draw(
         self,
@@ -82,9 +83,17 @@ class Sampler:
         for a in range(start, end, self.batch):
             low, high = max(first - a, 0), min(end - a, self.batch)
             on_step = None if on_bytes is None else lambda steps, rows=high - low: on_bytes(steps * rows)
+            self._rows = slice(low, high)
             with torch.inference_mode():
                 self._draw(prompts.to(self.device), torch.arange(a, a + self.batch, device=self.device), on_step)
             yield Samples(self._tokens[low:high].clone(), self._nats[low:high].clone())
+
+    def begun(self) -> Samples | None:
+        """What there is of the samples at hand where `draw` was interrupted, (B, fewer than length); None of none."""
+        i = int(self._position)
+        if not 0 < i < self.length:
+            return None
+        return Samples(self._tokens[self._rows, :i].clone(), self._nats[self._rows, :i].clone())
 
     def _draw(self, prompts: Tensor, numbers: Tensor, on_step: Callable[[int], None] | None) -> None:
         P = prompts.shape[1]
@@ -182,16 +191,18 @@ def draw(logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p
     """logits: (B, V) float32, u: (B,) in [0, 1). Returns (B,) int64, by inversion of the distribution."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None and top_p < 1:
+    # Below 0 first: the smallest temperatures would make infinities of both signs.
+    logits = (logits.double() - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None or top_p is not None:
         order = logits.argsort(dim=-1, descending=True, stable=True)
-        probabilities = logits.softmax(-1).gather(-1, order)
-        before = probabilities.cumsum(-1) - probabilities  # the likeliest is always kept
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
+        ordered = logits.gather(-1, order)
+        if top_k is not None:
+            ordered[:, top_k:] = -torch.inf  # by rank: in half precision the k-th likeliest is often one of several
+        if top_p is not None and top_p < 1:
+            probabilities = ordered.softmax(-1)
+            before = probabilities.cumsum(-1) - probabilities  # the likeliest is always kept
+            ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, order, ordered)
     cumulative = logits.softmax(-1).cumsum(-1)
     # Below the total even after rounding: a draw never lands on a byte without probability.
     total = cumulative[:, -1:]
