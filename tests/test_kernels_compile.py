@@ -16,11 +16,17 @@ from sparse_tx.attention import Block, Column, Full, Global, Summary, Window  # 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 KERNELS = (
     "attention_forward", "attention_delta", "chain_backward", "compact_backward",
     "window_forward", "window_backward", "column_forward", "column_backward",
 )  # fmt: skip
+
+
+OPTIONS = ("num_warps", "maxnreg", "launch_pdl", "launch_cooperative_grid")
 
 
 class Recorder:
@@ -53,7 +59,7 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2):
 
 
 def compiled(kernel, args, named, capability):
-    constants = {n: x for n, x in named.items() if n not in ("num_warps", "maxnreg")}
+    constants = {n: x for n, x in named.items() if n not in OPTIONS}
     names = [n for n in kernel.arg_names if n not in constants]
     assert len(names) == len(args)
     signature, attrs = {}, {}

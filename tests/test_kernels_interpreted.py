@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 HALF = "any_shape or slots or packed or opcheck or compiled or walks"
 
 
-@pytest.mark.parametrize("part", [HALF, f"not ({HALF})"])
-def test_kernels_pass_in_the_interpreter(part):
+@pytest.mark.parametrize(("file", "part"), [("kernels", HALF), ("kernels", f"not ({HALF})"), ("decode_kernels", "")])
+def test_kernels_pass_in_the_interpreter(file, part):
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-k", part, str(here / "test_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-k", part, str(here / f"test_{file}.py")]
     done = subprocess.run(
         command, cwd=here.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,12 @@ from sparse_tx.attention import Pattern, packed_attention
 from sparse_tx.attention.cache import cached_rows
 from sparse_tx.attention.decode import SlicedReads, StaticReads, Step, Store
 from sparse_tx.model.block import ResidualBlock
+from sparse_tx.model.decode_kernels import WAYS, unsupported
 from sparse_tx.model.spec import ModelSpec
 from sparse_tx.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from sparse_tx.model.decode_kernels.steps import FusedSteps
 
 _LOGITS = 4096  # positions of a prompt whose logits are made at a time
 Pair = tuple[Tensor, Tensor]  # weight and bias
@@ -46,6 +51,22 @@ class LayerWeights:
             pair(block.ff.expand),
             pair(block.ff.contract),
         )
+
+    @classmethod
+    def stacked(cls, blocks: Iterable[nn.Module], dtype: torch.dtype) -> LayerWeights:
+        """Of all layers, with an axis more in front: kernels find a layer by its number."""
+        each = [cls.of(block, dtype) for block in blocks]  # type: ignore[arg-type]
+        names = [f.name for f in fields(cls)]
+        return cls(*(_stacked([getattr(w, name) for w in each]) for name in names))
+
+    def at(self, layer: int) -> LayerWeights:
+        """Those of one layer, as views of stacked ones."""
+        return LayerWeights(*((w[layer], b[layer]) for w, b in (getattr(self, f.name) for f in fields(self))))
+
+
+def _stacked(pairs: list[Pair]) -> Pair:
+    weights, biases = zip(*pairs, strict=True)
+    return torch.stack(weights), torch.stack(biases)
 
 
 def layer(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -93,7 +114,10 @@ class Decoder:
 
     dtype: of the products and of the cache; None for the model's own. static: fixed shapes and positions as tensors
     alone, for CUDA graphs; False reads exactly the live slots; None takes what suits the device. compile: let
-    torch.compile fuse the layers of a step, for static ones.
+    torch.compile fuse the layers of a step, for static ones. fused: take the step from Triton kernels, static too:
+    True, or one of their ways by name ("layers", launches for each layer; "persistent", one launch for all, of small
+    batches alone); None does so on a GPU where they can run and nothing else is named. Raises NotImplementedError with
+    the reason if kernels that are named cannot run.
     """
 
     def __init__(
@@ -105,6 +129,7 @@ class Decoder:
         dtype: torch.dtype | None = None,
         static: bool | None = None,
         compile: bool = False,
+        fused: bool | str | None = None,
     ) -> None:
         spec = model.spec
         length = spec.context if length is None else length
@@ -114,15 +139,37 @@ class Decoder:
         self.device = model.output.weight.device
         self.dtype = dtype or model.output.weight.dtype
         self.static = self.device.type != "cpu" if static is None else static
-        self.weights = [LayerWeights.of(block, self.dtype) for block in model.blocks]  # type: ignore[arg-type]
+        fused = self._choose_fused(fused, static, compile)
         self.output = model.output.weight.detach().to(self.dtype)
         self.patterns = spec.patterns()
         widths = spec.qk // spec.heads, spec.width // spec.heads
         self.stores = [Store(p, length, batch, *widths, self.dtype, self.device) for p in self.patterns]
         self._norm = model.norm.weight.detach(), model.norm.bias.detach()
+        self.kernels: FusedSteps | None = None
+        if fused:
+            from sparse_tx.model.decode_kernels.steps import FusedSteps
+
+            stacked = LayerWeights.stacked(model.blocks, self.dtype)
+            self.weights = [stacked.at(layer) for layer in range(spec.layers)]
+            way = fused if isinstance(fused, str) else None
+            self.kernels = FusedSteps(model, stacked, self.output, self.stores, length, batch, way)
+        else:
+            self.weights = [LayerWeights.of(block, self.dtype) for block in model.blocks]  # type: ignore[arg-type]
         self._sliced = SlicedReads(length)
         # Layers alike share the code: it is compiled once for each way of keeping keys.
         self._layer = torch.compile(layer_step, dynamic=False, fullgraph=True) if compile else layer_step
+
+    def _choose_fused(self, fused: bool | str | None, static: bool | None, compile: bool) -> bool | str:
+        if isinstance(fused, str) and fused not in WAYS:
+            raise ValueError(f"fused={fused!r} is not known: use True, False, None, or one of {', '.join(WAYS)}")
+        if fused and (compile or static is False):
+            raise ValueError("fused kernels take the place of compiled layers and of steps that are not static")
+        if fused is False or (fused is None and (compile or static is not None or self.device.type != "cuda")):
+            return False
+        reason = unsupported(self.spec, self.length, self.dtype, self.device)
+        if reason is not None and fused:
+            raise NotImplementedError(f"{reason}; use fused=False")
+        return (fused or True) if reason is None else False
 
     @property
     def bytes(self) -> int:
@@ -154,12 +201,21 @@ class Decoder:
             nats.append(cross_entropy(self._logits(h[:, part]).mT, prompts[:, part].long(), reduction="none"))
         return torch.cat(nats, 1)
 
+    def prepare(self, at: int) -> None:
+        """Before a step at this position, where it is captured and cannot be told of it."""
+        if self.kernels is not None:
+            self.kernels.prepare(at)
+
     def step(self, previous: Tensor, position: Tensor, at: int | None = None) -> Tensor:
         """The logits (B, V) float32 at one position, whose keys are kept from then on.
 
         previous: (B,) the bytes before it; position: (1,) int64 on the device. at: the same position as a number, which
-        a decoder that is not static needs.
+        a decoder that is not static needs; one with kernels needs it, or `prepare`, where a chunk of positions begins.
         """
+        if self.kernels is not None:
+            if at is not None:
+                self.prepare(at)
+            return self.kernels(previous, position).clone()
         reads: StaticReads | SlicedReads
         if self.static:
             reads = StaticReads(position)

@@ -34,7 +34,8 @@ class Sampler:
     for bit, on a GPU at one batch size.
 
     temperature 0 takes the likeliest byte. dtype: of the products and the cache; None for the model's own. graph:
-    capture a step in a CUDA graph; None does so on a GPU. compile: let torch.compile fuse each layer of it.
+    capture a step in a CUDA graph; None does so on a GPU. compile: let torch.compile fuse each layer of it. fused: take
+    it from Triton kernels, as `Decoder` does; None where they can run.
     """
 
     def __init__(
@@ -50,16 +51,18 @@ class Sampler:
         dtype: torch.dtype | None = None,
         graph: bool | None = None,
         compile: bool = False,
+        fused: bool | str | None = None,
     ) -> None:
         self.length, self.seed = length, seed
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.device = device = model.output.weight.device
         self.batch = CPU_ROWS if device.type == "cpu" else batch
         self.graphed = device.type == "cuda" if graph is None else graph
-        self.decoder = Decoder(model, self.batch, length, dtype=dtype, compile=compile)
+        self.decoder = Decoder(model, self.batch, length, dtype=dtype, compile=compile, fused=fused)
         # All that a step changes lies in these and in the cache: a captured step finds it where it was.
         self._tokens = torch.zeros(self.batch, length, dtype=torch.uint8, device=device)
         self._nats = torch.zeros(self.batch, length, device=device)
+        self._previous = torch.zeros(self.batch, dtype=torch.long, device=device)
         self._position = torch.zeros(1, dtype=torch.long, device=device)
         self._uniforms = torch.zeros(_UNIFORMS, self.batch, dtype=torch.float64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -106,7 +109,8 @@ class Sampler:
 
     def advance(self, start: int, end: int, numbers: Tensor, on_step: Callable[[int], None] | None = None) -> None:
         """Draw positions start to end - 1 of the samples with these numbers, (batch,): what comes before is there."""
-        self._position.fill_(start)
+        self._begin(start)
+        self.decoder.prepare(start)
         if self.graphed and self._graph is None:
             self._graph = self._capture(start)
         progress = _Progress(on_step, self.device)
@@ -114,6 +118,7 @@ class Sampler:
             if i == start or i % _UNIFORMS == 0:
                 chunk = torch.arange(i - i % _UNIFORMS, i - i % _UNIFORMS + _UNIFORMS, device=self.device)
                 self._uniforms.copy_(uniform(self.seed, chunk[:, None], numbers))
+            self.decoder.prepare(i)
             if self._graph is not None:
                 self._graph.replay()
             else:
@@ -124,13 +129,24 @@ class Sampler:
     def _step(self, at: int | None = None) -> None:
         """Draw the byte at the position, and go one on: no number is read back to the host."""
         position = self._position
-        previous = self._tokens.index_select(1, (position - 1).clamp(min=0))[:, 0]
-        logits = self.decoder.step(previous, position, at)
+        kernels = self.decoder.kernels
+        if kernels is not None and self.top_k is None and self.top_p is None:
+            kernels(self._previous, position)
+            kernels.draw(position, self._uniforms, self._tokens, self._nats, self._previous, self.temperature)
+            position += 1
+            return
+        logits = self.decoder.step(self._previous, position, at)
         u = self._uniforms.index_select(0, position % _UNIFORMS)[0]
         drawn = draw(logits, u, self.temperature, self.top_k, self.top_p)
         self._nats.index_copy_(1, position, cross_entropy(logits, drawn, reduction="none")[:, None])
         self._tokens.index_copy_(1, position, drawn[:, None].to(torch.uint8))
+        self._previous.copy_(drawn)
         position += 1
+
+    def _begin(self, position: int) -> None:
+        """Have the next step draw the byte at this position."""
+        self._position.fill_(position)
+        self._previous.copy_(self._tokens[:, max(position - 1, 0)])
 
     def _capture(self, position: int) -> torch.cuda.CUDAGraph:
         """A step as a CUDA graph. The steps that warm up write at `position` alone, which the first one drawn writes
@@ -140,12 +156,12 @@ class Sampler:
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._step()
-                self._position.fill_(position)
+                self._begin(position)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
-        self._position.fill_(position)
+        self._begin(position)
         return graph
 
 

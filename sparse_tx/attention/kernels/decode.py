@@ -1,0 +1,148 @@
+"""One decoding step over the cache: the new key is kept and each run of slots that the query sees is read once.
+
+What a head reads comes from two tables: READS, a row for each position (`attention/ranges.py`), and PLACES, int64, for
+each layer, head and part the addresses of its keys and of its values (of the first row of the batch), the slots from
+one row of the batch to the next, and those of the strip. So one launch serves heads that keep their keys in different
+tensors, and one kernel all layers. Scores and softmax are in float32, in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from sparse_tx.attention.kernels.tiles import LOG2E
+
+
+@triton.jit
+def after_previous(DEPENDENT: tl.constexpr):
+    """Wait for the kernel before, whose end this one may have overlapped, and let the next begin in the same way.
+
+    Only once the one before has ended: at most two kernels are then under way, and what was written two or more
+    launches ago can be read before the wait.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def aligned(address, like, ALIGN: tl.constexpr):
+    """A number as a pointer of the type of `like`, known to be a multiple of ALIGN bytes."""
+    return tl.multiple_of(address.to(like.dtype), ALIGN)
+
+
+@triton.jit
+def part_numbers(reads, places, like, b, part: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
+    """Of a head and part, for row b of the batch: the slot of the own key, start of the strip, first slot read, count,
+    the strip's length, keys and values."""
+    ALIGN: tl.constexpr = 16 if W % 8 == 0 and BW % 8 == 0 else 2
+    numbers = reads + 1 + 4 * part
+    slot = tl.load(numbers)
+    start = tl.load(numbers + 1)
+    first = tl.load(numbers + 2)
+    count = tl.load(numbers + 3)
+    place = places + 4 * part
+    row = b * tl.load(place + 2)
+    k = aligned(tl.load(place), like, ALIGN) + row * W
+    v = aligned(tl.load(place + 1), like, ALIGN) + row * BW
+    return slot, start, first, count, tl.load(place + 3).to(tl.int32), k, v
+
+
+@triton.jit
+def ring_rows(base, start, first, ring, at, end, W: tl.constexpr, BW: tl.constexpr, from_column, columns: tl.constexpr):
+    """Rows `at` of a run, zero from `end` on; of their W numbers the BW from `from_column` on, `columns` of which are
+    wanted."""
+    slot = first + at
+    slot = start + tl.where(slot >= ring, slot - ring, slot)
+    d = tl.arange(0, BW)
+    ptr = base + slot.to(tl.int64)[:, None] * W + (from_column + d)[None, :]
+    mask = (at < end)[:, None]
+    if columns != BW:
+        mask = mask & (d < columns)[None, :]
+    return tl.load(ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def absorb(top, total, acc, q, k, v, valid):
+    """One step of the online softmax. q: (BDQ,), scaled to base 2; k: (N, BDQ), v: (N, BDV) of which `valid` (N,)."""
+    s = tl.sum(k.to(tl.float32) * q[None, :], 1)
+    s = tl.where(valid, s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, 0))
+    # No key seen yet: any finite value keeps inf - inf out.
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.exp2(s - safe)
+    alpha = tl.exp2(top - safe)
+    acc = acc * alpha + tl.sum(v.to(tl.float32) * p[:, None], 0)
+    return new, total * alpha + tl.sum(p, 0), acc
+
+
+@triton.jit
+def attend_step(
+    QKV, OUT, PARTIAL, READS, PLACES, POSITION, positions, row_of_reads, row_of_places, scale,
+    H: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Attention of one position of one layer: QKV (B, H * (2 DQ + DV)) -> OUT (B, H * DV).
+
+    Grid (B * H, SPLITS). With more than one split each reads its share of every run and leaves what `combine_step`
+    joins in PARTIAL (B * H, SPLITS, 2 + BDV) float32. row_of_reads: of READS, that of position 0 of the chunk, for this
+    kind of layer; row_of_places: of PLACES, that of the layer. One row is one head.
+    """
+    program = tl.program_id(0)
+    split = tl.program_id(1)
+    b = (program // H).to(tl.int64)
+    h = program % H
+    position = tl.load(POSITION)
+    in_chunk = (position % positions).to(tl.int32)
+    reads = READS + ((row_of_reads + in_chunk) * H + h).to(tl.int64) * (1 + 4 * PARTS)
+    places = PLACES + (row_of_places * H + h) * (4 * PARTS)
+    dq = tl.arange(0, BDQ)
+    dv = tl.arange(0, BDV)
+    sees_own = tl.load(reads)
+    after_previous(DEPENDENT)
+    qkv = QKV + b * (H * (2 * DQ + DV))
+    q = tl.load(qkv + h * DQ + dq, mask=dq < DQ, other=0.0).to(tl.float32) * (scale * LOG2E)
+    k_own = tl.load(qkv + H * DQ + h * DQ + dq, mask=dq < DQ, other=0.0)
+    v_own = tl.load(qkv + 2 * H * DQ + h * DV + dv, mask=dv < DV, other=0.0)
+    counts = (sees_own != 0) & (split == 0)
+    top = tl.where(counts, tl.sum(q * k_own.to(tl.float32), 0), float("-inf"))
+    total = tl.where(counts, 1.0, 0.0)
+    acc = v_own.to(tl.float32) * total
+    for part in tl.static_range(PARTS):
+        slot, start, first, count, ring, k_at, v_at = part_numbers(reads, places, QKV, b, part, DQ, DV)
+        writes = (slot >= 0) & (split == 0)
+        tl.store(k_at + slot.to(tl.int64) * DQ + dq, k_own, mask=writes & (dq < DQ))
+        tl.store(v_at + slot.to(tl.int64) * DV + dv, v_own, mask=writes & (dv < DV))
+        begin = (count.to(tl.int64) * split // SPLITS).to(tl.int32)
+        end = (count.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
+        for from_ in tl.range(begin, end, BN, num_stages=1):
+            at = from_ + tl.arange(0, BN)
+            k = ring_rows(k_at, start, first, ring, at, end, DQ, BDQ, 0, DQ)
+            v = ring_rows(v_at, start, first, ring, at, end, DV, BDV, 0, DV)
+            top, total, acc = absorb(top, total, acc, q, k, v, at < end)
+    if SPLITS == 1:
+        out = acc / tl.where(total > 0, total, 1.0)
+        tl.store(OUT + b * (H * DV) + h * DV + dv, out.to(OUT.dtype.element_ty), mask=dv < DV)
+    else:
+        partial = PARTIAL + (program * SPLITS + split).to(tl.int64) * (2 + BDV)
+        tl.store(partial, top)
+        tl.store(partial + 1, total)
+        tl.store(partial + 2 + dv, acc)
+
+
+@triton.jit
+def combine_step(
+    PARTIAL, OUT, H: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    """The splits of `attend_step` as one softmax, in their order. Grid (B * H,)."""
+    program = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    dv = tl.arange(0, BDV)
+    after_previous(DEPENDENT)
+    partial = PARTIAL + (program * SPLITS + split) * (2 + BDV)
+    top = tl.load(partial)
+    most = tl.max(top, 0)
+    share = tl.exp2(top - tl.where(most == float("-inf"), 0.0, most))
+    total = tl.sum(share * tl.load(partial + 1), 0)
+    acc = tl.sum(share[:, None] * tl.load((partial + 2)[:, None] + dv[None, :]), 0)
+    out = acc / tl.where(total > 0, total, 1.0)
+    tl.store(OUT + program * DV + dv, out.to(OUT.dtype.element_ty), mask=dv < DV)

@@ -1,0 +1,174 @@
+"""Decoding steps in fused kernels against the forward pass and the plain ones: on a GPU, or in Triton's interpreter.
+
+`test_kernels_interpreted.py` runs this file in the interpreter, in a process of its own.
+"""
+
+import os
+
+import pytest
+import torch
+from test_decode import Checkered
+from test_decoder import ATTENTIONS, model_of, steps
+from torch.nn.functional import cross_entropy, layer_norm, linear
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from sparse_tx.model.decoder import Decoder  # noqa: E402
+from sparse_tx.model.decode_kernels import WAYS, configs, unsupported  # noqa: E402
+from sparse_tx.model.decode_kernels.steps import EPS, FusedSteps  # noqa: E402
+from sparse_tx.sampling.sampler import Sampler, draw  # noqa: E402
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+LOW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bfloat16 wrongly
+
+
+def model_here(name, **change):
+    return model_of(ATTENTIONS[name], **{"heads": 2, "qk": 16} | change).to(DEVICE)
+
+
+def tokens_of(rows, length):
+    return torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def small_tiles(monkeypatch):
+    """Several blocks of keys, splits of them, shares of values and of hidden units, in a model as small as this."""
+    monkeypatch.setattr(configs, "keys_at_once", lambda widest: 4)
+    monkeypatch.setattr(configs, "splits", lambda programs, slots, gpu: 2)
+    monkeypatch.setattr(configs, "stack", lambda Dv, ff, slots: configs.Stack(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ATTENTIONS)
+@torch.inference_mode()
+def test_fused_logits_equal_the_forward_pass(name, way):
+    model, tokens = model_here(name), tokens_of(2, 20)
+    whole = model(tokens)
+    # From nothing, and from prompts that end beside an edge of a block, in caches as long as the context and shorter.
+    for length, P, end in ((36, 0, 12), (36, 15, 19), (20, 8, 11), (20, 16, 20)):
+        decoder = Decoder(model, 2, length, fused=way)
+        if P:
+            decoder.prefill(tokens[:, :P], torch.arange(2, device=DEVICE))
+        torch.testing.assert_close(steps(decoder, tokens[:, :end], P), whole[:, P:end], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["full", "strided merged", "fixed", "sliding"])
+@torch.inference_mode()
+def test_blocks_splits_and_shares_make_no_difference(monkeypatch, name, way):
+    model, tokens = model_here(name, layers=1), tokens_of(1, 24)
+    whole = model(tokens)
+    small_tiles(monkeypatch)
+    decoder = Decoder(model, 1, fused=way)
+    decoder.prefill(tokens[:, :17], torch.zeros(1, dtype=torch.long, device=DEVICE))
+    torch.testing.assert_close(steps(decoder, tokens, 17), whole[:, 17:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("way", "rows"), [("layers", 2), ("layers", 20), ("persistent", 2)])
+@torch.inference_mode()
+def test_in_16_bits_fused_logits_are_as_near_the_truth_as_plain_ones(way, rows):
+    model, tokens = model_here("fixed"), tokens_of(rows, 12)
+    plain = steps(Decoder(model, rows, static=True, fused=False, dtype=LOW), tokens)
+    fused = steps(Decoder(model, rows, fused=way, dtype=LOW), tokens)
+    exact = model.double()(tokens)
+    assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 70])
+@torch.inference_mode()
+def test_a_linear_step_is_norm_product_activation_and_residual(rows):
+    model = model_here("full", width=48, heads=2, qk=32, ff=80)
+    kernels = Decoder(model, rows, fused="layers").kernels
+    assert isinstance(kernels, FusedSteps)
+    generator = torch.Generator().manual_seed(0)
+    norm = [torch.randn(48, generator=generator).to(DEVICE) for _ in range(2)]
+    for dtype in (torch.float32, LOW):
+        w, b = torch.randn(80, 48, generator=generator), torch.randn(80, generator=generator)
+        w, b = w.to(DEVICE, dtype), b.to(DEVICE, dtype)
+        x = torch.randn(rows, 48, generator=generator).to(DEVICE)
+        y = torch.randn(rows, 80, generator=generator).to(DEVICE)
+        normal = layer_norm(x, (48,), *norm, eps=EPS).to(dtype).float()
+        expected = y + linear(x.to(dtype).float(), w.float(), b.float())
+        near = {"rtol": 2e-3, "atol": 2e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        kernels._linear(x.to(dtype), (w, b), y, add=True)
+        torch.testing.assert_close(y, expected, **near)
+        kernels._linear(x, (w, b), y, norm=norm, activate=True)
+        product = linear(normal, w.float(), b.float())
+        torch.testing.assert_close(y, product * torch.sigmoid(1.702 * product), **near)
+        kernels._linear(x, (w, None), y, norm=norm)
+        torch.testing.assert_close(y, linear(normal, w.float()), **near)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@torch.inference_mode()
+def test_draws_are_those_of_the_plain_path(temperature):
+    B, length, position = 64, 30, 11
+    kernels = Decoder(model_here("full", layers=1), B, fused="layers").kernels
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(B, 256, generator=generator)
+    logits[0, 5:] = -torch.inf
+    logits[1, :250] = -torch.inf
+    kernels.logits.copy_(logits)
+    uniforms = torch.rand(8, B, generator=generator, dtype=torch.float64)
+    uniforms[3, :3], uniforms[3, 3:6] = 0.0, 1 - 2**-53
+    uniforms[3, 0], uniforms[3, 1] = 1 - 2**-53, 0.0
+    tokens, nats = torch.zeros(B, length, dtype=torch.uint8, device=DEVICE), torch.zeros(B, length, device=DEVICE)
+    previous = torch.zeros(B, dtype=torch.long, device=DEVICE)
+    at = torch.tensor([position], device=DEVICE)
+    kernels.draw(at, uniforms.to(DEVICE), tokens, nats, previous, temperature)
+    expected = draw(logits, uniforms[position % 8], temperature, None, None)
+    assert torch.equal(previous.cpu(), expected)
+    assert torch.equal(tokens[:, position].long().cpu(), expected)
+    torch.testing.assert_close(nats[:, position].cpu(), cross_entropy(logits, expected, reduction="none"))
+    assert tokens.count_nonzero(1).max() <= 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 20, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_samples_are_the_plain_ones(monkeypatch, way, settings):
+    from sparse_tx.attention import ranges
+
+    monkeypatch.setattr(ranges, "CHUNK", 8)
+    model = model_here("strided", layers=2)
+    prompts = tokens_of(2, 5).to(torch.uint8).cpu()
+    samples = []
+    for fused in (False, way):
+        sampler = Sampler(model, 14, 8, seed=2, fused=fused, **settings)
+        samples += sampler.draw(prompts, 8)
+    assert torch.equal(samples[0].tokens, samples[1].tokens)
+    torch.testing.assert_close(samples[0].nats, samples[1].nats, rtol=0, atol=1e-4)
+
+
+def test_what_the_kernels_cannot_do_is_said():
+    model = model_here("fixed")
+    with pytest.raises(ValueError, match="fused='fast' is not known"):
+        Decoder(model, 1, fused="fast")
+    with pytest.raises(ValueError, match="take the place of compiled layers"):
+        Decoder(model, 1, fused=True, compile=True)
+    with pytest.raises(NotImplementedError, match=r"float64: the kernels know .*; use fused=False"):
+        Decoder(model.double(), 1, fused=True)
+    with pytest.raises(NotImplementedError, match="multiprocessor for each of its programs: a batch of 500"):
+        Decoder(model.float(), 500, fused="persistent")
+
+
+def test_patterns_without_runs_are_left_to_the_plain_path(monkeypatch):
+    spec = model_here("fixed").spec
+    assert unsupported(spec, 36, torch.float32, torch.device(DEVICE)) is None
+    monkeypatch.setattr(type(spec), "patterns", lambda self: [(Checkered(),)])
+    assert "no single run of slots" in unsupported(spec, 36, torch.float32, torch.device(DEVICE))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter captures nothing")
+@pytest.mark.parametrize("name", ["strided", "strided merged", "fixed", "full"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_captured_fused_step_draws_the_bytes_of_plain_launches_run_after_run(name, way):
+    model, prompts = model_here(name, layers=6), torch.zeros(1, 0, dtype=torch.uint8)
+    runs = []
+    for graph in (False, True, True):
+        (samples,) = Sampler(model, 36, 4, seed=3, dtype=LOW, fused=way, graph=graph).draw(prompts, 4)
+        runs.append(samples)
+    assert all(torch.equal(runs[0].tokens, r.tokens) and torch.equal(runs[0].nats, r.nats) for r in runs[1:])
