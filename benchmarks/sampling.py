@@ -1,14 +1,16 @@
 """Milliseconds a byte of sampling against a compiled decoder with a static key-value cache.
 
     python benchmarks/sampling.py                                     # all workloads: minutes, mostly compiling
-    python benchmarks/sampling.py --workloads cifar10 --batches 1,16
+    python benchmarks/sampling.py --workloads cifar10 --batches 1,16 --arms layers,persistent
     python benchmarks/sampling.py --tiny                              # in seconds on a CPU: that it runs, no numbers
 
-Ours is what `sample.py` runs: the cache of the patterns, a step as one CUDA graph; "compiled" lets torch.compile fuse
-each layer of it. The rival is what a careful user writes: the same weights with dense attention over a static cache of
-all positions, each layer compiled, the whole step one CUDA graph, sampling on the device. Both draw in bf16 and never
-wait for the device. Steps are timed at positions spread over the context. Before anything is timed, ours is compared
-with the forward pass, the rival with a dense one. Floor: weights, and the keys that the patterns read, once a step.
+Ours is what `sample.py` runs: the cache of the patterns, a step as one CUDA graph. Its arms: "layers", fused kernels,
+some for each layer; "persistent", one kernel for all layers, small batches alone (a star marks which of the two
+sampling takes by itself); "plain", torch alone; "compiled", torch.compile fuses each layer of that. The rival is what a
+careful user writes: the same weights with dense attention over a static cache of all positions, each layer compiled,
+the whole step one CUDA graph, sampling on the device. All draw in bf16 and never wait for the device. Steps are timed
+at positions spread over the context. Before anything is timed, ours is compared with the forward pass, the rival with a
+dense one. Floor: weights, and the keys that the patterns read, once a step.
 """
 
 from __future__ import annotations
@@ -44,6 +46,13 @@ WORKLOADS = {
     "audio 65k": ("experiment=audio_65k",),
 }
 TINY = ("debug=fast", "model.layers=4")
+ARMS = ("rival", "plain", "compiled", "layers", "persistent")
+WAYS = {  # fused, compile
+    "plain": (False, False),
+    "compiled": (False, True),
+    "layers": ("layers", False),
+    "persistent": ("persistent", False),
+}
 Step = Callable[[int, int], None]  # draws positions start to end - 1
 
 
@@ -123,14 +132,18 @@ def _dense_layer(
     return layer(h, w, attend)
 
 
-def ours(model: Transformer, batch: int, dtype: torch.dtype, compile: bool) -> Step:
-    sampler = Sampler(model, model.spec.context, batch, dtype=dtype, compile=compile)
+def make_arm(arm: str, model: Transformer, batch: int, dtype: torch.dtype, overlap: bool) -> tuple[Step, str]:
+    """The arm, and its name with a star if sampling takes it by itself."""
+    if arm == "rival":
+        return Dense(model, batch, dtype, compile=model.output.weight.is_cuda).advance, "rival"
+    fused, compile = WAYS[arm]
+    sampler = Sampler(model, model.spec.context, batch, dtype=dtype, compile=compile, fused=fused)
+    kernels = sampler.decoder.kernels
+    if kernels is not None:
+        kernels.dependent &= overlap
+    star = "*" if kernels is not None and kernels.suits_persistent == kernels.persistent else ""
     numbers = torch.arange(sampler.batch, device=sampler.device)
-    return lambda start, end: sampler.advance(start, end, numbers)
-
-
-def rival(model: Transformer, batch: int, dtype: torch.dtype) -> Step:
-    return Dense(model, batch, dtype, compile=model.output.weight.is_cuda).advance
+    return lambda start, end: sampler.advance(start, end, numbers), f"ours, {arm}{star}"
 
 
 def milliseconds(step: Step, context: int, device: torch.device, steps: int, places: int) -> float:
@@ -159,7 +172,7 @@ def floor(spec: ModelSpec, batch: int, dtype: torch.dtype, parameters: int) -> f
     return moved * dtype.itemsize / BYTES_PER_SECOND * 1e3
 
 
-def verify(model: Transformer, dtype: torch.dtype, compile: bool, most: int) -> str:
+def verify(model: Transformer, dtype: torch.dtype, arms: list[str], most: int) -> str:
     """Error of cached logits over that of the forward pass in the same dtype, against float64: at most 2."""
     spec = dataclasses.replace(model.spec, layers=min(4, model.spec.layers))
     device = model.output.weight.device
@@ -170,25 +183,33 @@ def verify(model: Transformer, dtype: torch.dtype, compile: bool, most: int) -> 
         theirs.load_state_dict(own.state_dict())
     dense.output.load_state_dict(small.output.state_dict())
     tokens = torch.randint(256, (2, min(most, spec.context)), device=device)
-    decoder, plain = Decoder(small, 2, dtype=dtype, compile=compile), Dense(dense, 2, dtype, compile=False)
-    said = []
-    for name, whole in (("ours", small), ("rival", dense)):
-        stepped = []
+    stepped = {}
+    for arm in arms:
+        if arm == "rival":
+            plain = Dense(dense, 2, dtype, compile=False)
+        else:
+            fused, compile = WAYS[arm]
+            decoder = Decoder(small, 2, dtype=dtype, compile=compile, fused=fused)
+        logits = []
         for i in range(tokens.shape[1]):
-            previous = tokens[:, max(i - 1, 0)]
-            at = torch.tensor([i], device=device)
-            if name == "ours":
-                stepped.append(decoder.step(previous, at, i))
-            else:
+            previous, at = tokens[:, max(i - 1, 0)], torch.tensor([i], device=device)
+            if arm == "rival":
                 plain.position.copy_(at)
-                stepped.append(plain.logits(previous))
+                logits.append(plain.logits(previous))
+            else:
+                logits.append(decoder.step(previous, at, i))
+        stepped[arm] = torch.stack(logits, 1)
+    said = []
+    for whole, own in ((dense, False), (small, True)):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             low = whole(tokens)
         exact = whole.double()(tokens)
         whole.float()
-        error = float((torch.stack(stepped, 1) - exact).abs().max())
         allowed = 2 * float((low - exact).abs().max()) + 1e-5
-        said.append(f"{name} {'ok' if error <= allowed else 'WRONG'} {error / allowed * 2:.2f}")
+        for arm, logits in stepped.items():
+            if (arm != "rival") == own:
+                error = float((logits - exact).abs().max())
+                said.append(f"{arm} {'ok' if error <= allowed else 'WRONG'} {error / allowed * 2:.2f}")
     return ", ".join(said)
 
 
@@ -201,32 +222,31 @@ def largest_batch(sample_bytes: int, device: torch.device, tiny: bool) -> int:
 
 def measure(name: str, spec: ModelSpec, options: argparse.Namespace, device: torch.device) -> list[dict]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    compiling = options.compile and device.type == "cuda"
+    arms = [arm for arm in ARMS if arm in options.arms and (device.type == "cuda" or arm in ("rival", "plain"))]
     model = make_model(spec, device)
     parameters = count_parameters(model) - count_parameters(model.embedding)  # of which a step reads a few rows
-    checked = verify(model, dtype, compiling, options.check)
+    checked = verify(model, dtype, arms, options.check)
     kept = cache_bytes(spec, spec.context, dtype)
     dense = spec.layers * spec.context * (spec.qk + spec.width) * dtype.itemsize
     print(f"\n{name}: {checked}; a sample's keys and values {kept / 2**20:.1f} MiB, {kept / dense:.1%} of the rival's")
     print("| batch | arm | ms a byte | floor (share) | bytes/s | a second | over the rival |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    arms: dict[str, tuple[int, Callable[[int], Step]]] = {
-        "rival": (dense, lambda B: rival(model, B, dtype)),
-        "ours": (kept, lambda B: ours(model, B, dtype, False)),
-    }
-    if compiling:
-        arms["ours, compiled"] = kept, lambda B: ours(model, B, dtype, True)
     rows = []
     for batch in options.batches:
         rates: dict[str, float] = {}
-        for arm, (sample_bytes, make) in arms.items():
-            B = largest_batch(sample_bytes, device, options.tiny) if batch == "best" else int(batch)
+        for arm in arms:
+            most = largest_batch(dense if arm == "rival" else kept, device, options.tiny)
+            B, step = most if batch == "best" else int(batch), None
             try:
-                ms = milliseconds(make(B), spec.context, device, options.steps, options.places)
+                step, arm = make_arm(arm, model, B, dtype, options.overlap)
+                ms = milliseconds(step, spec.context, device, options.steps, options.places)
+            except NotImplementedError:
+                continue  # the persistent kernel, in a batch too large for it
             except torch.cuda.OutOfMemoryError:
                 print(f"| {B} | {arm} | out of memory | | | | |", flush=True)
                 continue
             finally:
+                step = None
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             least = floor(spec, B, dtype, parameters)
@@ -254,12 +274,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="bytes drawn in a run")
     parser.add_argument("--places", type=int, default=5, help="positions at which runs begin")
     parser.add_argument("--check", type=int, default=300, help="positions compared with the forward pass")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out the arm that compiles")
+    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated, of %(default)s")
+    parser.add_argument(
+        "--no-overlap", dest="overlap", action="store_false", help="let no fused kernel begin while the one before ends"
+    )
     parser.add_argument("--tiny", action="store_true", help="the models of debug=fast: proves that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args()
     options.batches = (options.batches or ("1,3,best" if options.tiny else "1,16,128,best")).split(",")
+    options.arms = options.arms.split(",")
+    if unknown := set(options.arms) - set(ARMS):
+        parser.error(f"--arms: {', '.join(sorted(unknown))} not known")
     if options.tiny:
         options.steps, options.places, options.check = 4, 2, 40
     device = torch.device(options.device)

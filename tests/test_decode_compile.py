@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_kernels_compile import SHARED_KIB, Recorder, compiled  # noqa: E402
+from test_kernels_compile import SHARED_KIB, Recorder, compiled
 
-from sparse_tx.attention.decode import Store  # noqa: E402
-from sparse_tx.model import AttentionSpec, ModelSpec, Transformer  # noqa: E402
-from sparse_tx.model.decoder import LayerWeights  # noqa: E402
+from sparse_tx.attention.decode import Store
+from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
+from sparse_tx.model.decoder import LayerWeights
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
