@@ -75,7 +75,8 @@ def absorb(top, total, acc, q, k, v, valid):
     return new, total * alpha + tl.sum(p, 0), acc
 
 
-@triton.jit
+# Layers differ in two numbers: not one compilation for those that are 1, or whole 16s, and one for the others.
+@triton.jit(do_not_specialize=("row_of_reads", "row_of_places"))
 def attend_step(
     QKV, OUT, PARTIAL, READS, PLACES, POSITION, positions, row_of_reads, row_of_places, scale,
     H: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
