@@ -37,7 +37,7 @@ def tokens_of(rows, length):
 
 def small_tiles(monkeypatch):
     """Several blocks of keys, splits of them, shares of values and of hidden units, in a model as small as this."""
-    monkeypatch.setattr(configs, "keys_at_once", lambda widest: 4)
+    monkeypatch.setattr(configs, "attend", lambda widest: (4, 4))
     monkeypatch.setattr(configs, "splits", lambda programs, slots, gpu: 2)
     monkeypatch.setattr(configs, "stack", lambda Dv, ff, slots: configs.Stack(2, 3, 4, 4))
 

@@ -240,6 +240,7 @@ def test_the_manifest_says_what_the_samples_came_from(trained, sample, tmp_path)
     assert manifest["prompts"][0]["sha256"] == hashlib.sha256(b"import ").hexdigest()
     settings = {k: manifest["settings"][k] for k in ("seed", "temperature", "weights", "prompt_length", "length")}
     assert settings == {"seed": 7, "temperature": 0.5, "weights": "ema", "prompt_length": 7, "length": 30}
+    assert manifest["settings"]["decoding"] == "plain torch"
     assert [s["file"] for s in manifest["samples"]] == [f.name for f in files]
     assert all(0 < s["bits_per_dim_drawn"] < 20 for s in manifest["samples"])
 

@@ -164,12 +164,23 @@ class Decoder:
             raise ValueError(f"fused={fused!r} is not known: use True, False, None, or one of {', '.join(WAYS)}")
         if fused and (compile or static is False):
             raise ValueError("fused kernels take the place of compiled layers and of steps that are not static")
+        self.reason = "compiled layers" if compile else "plain torch"
         if fused is False or (fused is None and (compile or static is not None or self.device.type != "cuda")):
             return False
         reason = unsupported(self.spec, self.length, self.dtype, self.device)
-        if reason is not None and fused:
+        if reason is None:
+            return fused or True
+        if fused:
             raise NotImplementedError(f"{reason}; use fused=False")
-        return (fused or True) if reason is None else False
+        self.reason += f", no fused kernels: {reason}"
+        return False
+
+    @property
+    def how(self) -> str:
+        """What a step runs, in words."""
+        if self.kernels is None:
+            return self.reason
+        return "one fused kernel for all layers" if self.kernels.persistent else "fused kernels for each layer"
 
     @property
     def bytes(self) -> int:

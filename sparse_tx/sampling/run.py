@@ -86,6 +86,7 @@ def sample(config: SampleConfig) -> list[Path]:
             dtype=_DTYPES[precision],
             compile=config.compile,
         )
+        settings["decoding"] = sampler.decoder.how
         with Progress("drawing", count * (length - given), "bytes") as progress:
             for samples in sampler.draw(torch.from_numpy(prompts), count, on_bytes=progress.add):
                 kept.add(samples)
@@ -114,6 +115,7 @@ def sample(config: SampleConfig) -> list[Path]:
         print(f"{_shown(kept.first)}\n")
     drawn = count * (length - given)
     print(f"drawn: {count} samples of {length} bytes in {seconds:.1f} s, {drawn / seconds:.0f} bytes/s")
+    print(f"decoding: {sampler.decoder.how}")
     each = [entry["bits_per_dim_drawn"] for entry in kept.entries]
     print(
         f"likelihood: {sum(each) / len(each):.4f} {unit_of(kind)} drawn, {min(each):.4f} to {max(each):.4f} by sample, "

@@ -56,14 +56,14 @@ def tile(rows: int, outputs: int, inputs: int, norm: bool, itemsize: int, gpu: G
     return Tile(m, n, min(128 if m <= 32 else 64, widest), 4, 3)
 
 
-def outputs(inputs: int) -> int:
-    """That a program of `vector_step` makes: it holds their weights at once."""
-    return max(1, 4096 // power_of_two(inputs))
+def vector(inputs: int) -> tuple[int, int]:
+    """Outputs of a program of `vector_step`, which holds their weights at once, and its warps."""
+    return max(1, 4096 // power_of_two(inputs)), 4
 
 
-def keys_at_once(widest: int) -> int:
-    """That `attend_step` reads, `widest` numbers each."""
-    return min(128, max(16, 8192 // power_of_two(widest)))
+def attend(widest: int) -> tuple[int, int]:
+    """Keys that `attend_step` reads at once, `widest` numbers each, and its warps."""
+    return min(128, max(16, 8192 // power_of_two(widest))), 4
 
 
 def splits(programs: int, slots: int, gpu: Gpu) -> int:

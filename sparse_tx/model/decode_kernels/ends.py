@@ -52,8 +52,8 @@ def draw_step(
         drawn = tl.argmax(logits, 0, tie_break_left=True)
     else:
         u = tl.load(UNIFORMS + position % positions * rows + b)
-        heated = logits.to(tl.float64) / TEMPERATURE
-        cumulative = tl.cumsum(tl.exp(heated - tl.max(heated, 0)), 0)
+        heated = (logits.to(tl.float64) - top.to(tl.float64)) / TEMPERATURE  # the likeliest at 0
+        cumulative = tl.cumsum(tl.exp(heated), 0)
         whole = tl.max(cumulative, 0)
         # Below the whole even after rounding: a draw never lands on a byte without probability.
         below = tl.sum((cumulative <= u * whole).to(tl.int32), 0)

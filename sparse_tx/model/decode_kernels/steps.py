@@ -157,11 +157,12 @@ class FusedSteps:
     def _attend(self, layer: int, position: Tensor) -> None:
         H, BDV, splits = self.spec.heads, power_of_two(self.Dv), self.splits[layer]
         row = self.reads.kind[layer] * self.reads.positions
+        keys, warps = configs.attend(max(self.Dqk, self.Dv))
         attend_step[(self.batch * H, splits)](
             self.qkv, self.out, self.partial, self.reads.table, self.places, position,
             self.reads.positions, row, layer, self.Dqk**-0.5,
             H=H, DQ=self.Dqk, DV=self.Dv, BDQ=power_of_two(self.Dqk), BDV=BDV,
-            BN=configs.keys_at_once(max(self.Dqk, self.Dv)), PARTS=self.reads.parts, SPLITS=splits, **self._options(4),
+            BN=keys, PARTS=self.reads.parts, SPLITS=splits, **self._options(warps),
         )  # fmt: skip
         if splits > 1:
             combine_step[(self.batch * H,)](
@@ -186,8 +187,10 @@ class FusedSteps:
         numbers = (x, *given, weight, weight if bias is None else bias, y, y, rows, N, EPS)
         flags = {"NORM": norm is not None, "BIASED": bias is not None, "ACTIVATE": activate, "ADD": add}
         if rows <= configs.VECTOR_ROWS:
-            BN = configs.outputs(K)
-            vector_step[(triton.cdiv(N, BN),)](*numbers, K=K, BK=power_of_two(K), BN=BN, **flags, **self._options(4))
+            BN, warps = configs.vector(K)
+            vector_step[(triton.cdiv(N, BN),)](
+                *numbers, K=K, BK=power_of_two(K), BN=BN, **flags, **self._options(warps)
+            )
             return
         t = configs.tile(rows, N, K, norm is not None, weight.element_size(), self.gpu)
         linear_step[(triton.cdiv(N, t.outputs), triton.cdiv(rows, t.rows))](
