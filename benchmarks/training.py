@@ -439,12 +439,12 @@ def verify(work: Work, options: argparse.Namespace, device: torch.device) -> str
 # Where the time goes.
 
 CLASSES = {  # by the first pattern that a kernel's name fits
-    "attention": r"attention|flash|fmha|flex|cudnn.*sdpa|sm90_knob|^_?(fwd|bwd|window|column|block|summary|walk)|delta",
+    "attention": r"attention|flash|fmha|flex|sdpa|(window|column|chain|compact)_(for|back)ward",
     "products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem",
     "optimizer, clipping, average": r"multi_tensor|adam|lpnorm|foreach",
     "loss": r"log_softmax|softmax|nll|logsumexp|cross_entropy",
     "gelu": r"activation|sigmoid|gelu",
-    "norm, residual, dropout": r"add_norm|layer_norm|LayerNorm|native_dropout|column_sums|triton_(per|red|poi)",
+    "norm, residual, dropout": r"add_norm|add_shares|layer_norm|LayerNorm|native_dropout|column_sums|triton_(per|red|poi)",
     "copies and fills": r"[Mm]emcpy|[Mm]emset|copy|fill|Cat",
 }
 
