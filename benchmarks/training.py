@@ -444,8 +444,8 @@ CLASSES = {  # by the first pattern that a kernel's name fits
     "optimizer, clipping, average": r"multi_tensor|adam|lpnorm|foreach",
     "loss": r"log_softmax|softmax|nll|logsumexp|cross_entropy",
     "gelu": r"activation|sigmoid|gelu",
-    "norm, residual, dropout": r"add_norm|add_shares|layer_norm|LayerNorm|native_dropout|column_sums|triton_(per|red|poi)",
-    "copies and fills": r"[Mm]emcpy|[Mm]emset|copy|fill|Cat",
+    "norm, residual, dropout": r"add_norm|add_shares|column_sums|layer_?norm|native_dropout|triton_(per|red|poi)",
+    "copies and fills": r"memcpy|memset|copy|fill|cat",
 }
 
 
@@ -462,7 +462,7 @@ def profile(trained: Trained, tokens: Tensor, work: Work, ms: float) -> list[dic
     for event in profiler.key_averages():
         if event.device_type != torch.autograd.DeviceType.CUDA or not event.self_device_time_total:
             continue
-        name = next((c for c, words in CLASSES.items() if re.search(words, event.key)), "other")
+        name = next((c for c, words in CLASSES.items() if re.search(words, event.key, re.IGNORECASE)), "other")
         spent[name][event.key] = event.self_device_time_total / 1e3 / steps, event.count // steps
     least = floors(work, trained)
     found = []

@@ -66,6 +66,18 @@ def test_a_dry_run_reports_the_papers_parameters_without_data(compose, capsys, e
     assert report["flops_per_step"] > 0
 
 
+def test_a_dry_run_lists_what_each_way_to_recompute_needs_on_a_gpu(compose, capsys):
+    from train import train
+
+    settings = ("experiment=imagenet64_strided", "dry_run=true")
+    reports = [train(compose("train", *settings, f"model.recompute={r}")) for r in ("auto", "cheap", "block")]
+    memory = [r["memory_bytes"] for r in reports]
+    assert memory == sorted(memory, reverse=True)
+    out = capsys.readouterr().out
+    assert re.search(r"recompute: none \(auto\); of none .* activation .* cheap .* block [\d.]+ GiB", out)
+    assert "recompute: block; of none" in out
+
+
 def test_groups_combine_without_an_experiment(compose, capsys):
     from train import train
 

@@ -20,6 +20,7 @@ from sparse_tx.model import AttentionSpec, ModelSpec, Transformer  # noqa: E402
 from sparse_tx.model.dropout import counter_dropout  # noqa: E402
 from sparse_tx.model.fused.linear import activation, bias_gradient, feed_forward, joined  # noqa: E402
 from sparse_tx.model.fused.norm import norm  # noqa: E402
+from sparse_tx.training.memory import memory_of  # noqa: E402
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -172,3 +173,23 @@ def test_sums_and_activation_of_rows_that_no_tile_divides():
     u = torch.randn(277, 80, device=DEVICE)
     torch.testing.assert_close(bias_gradient(u, torch.float32), u.sum(0), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(activation(u), u * torch.sigmoid(1.702 * u))
+
+
+@pytest.mark.parametrize("recompute", ["none", "activation", "feedforward", "attention", "block"])
+def test_fused_blocks_keep_the_memory_that_is_expected(recompute):
+    """But for "cheap", whose kept tensors pass by the hooks that count."""
+    model = model_of(dropout=0.0, context=256, width=64, heads=2, qk=64, ff=256, recompute=recompute)
+    model.fuse_blocks()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        h = model.hidden(torch.randint(256, (2, 256), device=DEVICE))
+    assert h.requires_grad
+    expected = memory_of(model.spec, 2, half=False, blocks="fused").kept - 2 * h.numel() * 4
+    assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.05)

@@ -192,6 +192,23 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert all("exp_avg" in optimizer.state[p] for n, p in model.named_parameters() if n not in by_muon)
 
 
+def test_a_run_goes_on_with_another_way_to_recompute(trained):
+    settings = ("optimizer=adamw", "model.dropout=0.2", "callbacks.checkpoint_every=2", "callbacks.keep=3")
+    whole = trained(*settings, "model.recompute=none")
+    first = Path(whole["checkpoint"]).parent / "step-00000004.ckpt"
+    resumed = trained(*settings, "model.recompute=block", f"resume={first}")
+    assert contents(resumed["checkpoint"])["sparse_tx"]["model"]["recompute"] == "block"
+    assert same(*(trained_state(Path(r["checkpoint"]).parent / "last.ckpt") for r in (resumed, whole)))
+    assert losses(resumed) == {k: v for k, v in losses(whole).items() if k >= 4}
+
+
+def test_what_only_fused_blocks_can_run_again_is_refused_without_them(trained):
+    with pytest.raises(
+        UserError, match=r"model\.recompute=cheap is for fused blocks .* plain ones know none, attention"
+    ):
+        trained("model.recompute=cheap")
+
+
 def test_fused_blocks_are_refused_where_no_kernel_runs(trained):
     with pytest.raises(UserError, match=r"trainer\.fused=true cannot run here: "):
         trained("trainer.fused=true")

@@ -73,6 +73,11 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
         blocks="fused" if on_a_gpu and config.trainer.fused != "false" else blocks,
         optimizer=config.optimizer.name,
     )
+    if spec.recompute not in memory:
+        raise UserError(
+            f"model.recompute={spec.recompute} is for fused blocks (trainer.fused=true, on a GPU): {blocks} ones know "
+            f"{', '.join(memory)}"
+        )
     if config.model.recompute == "auto" and device.type == "cuda":
         spec = spec.recomputing(choose(memory, torch.cuda.mem_get_info()[0]))
     describe(config, spec, cost, memory, device, precision, "a GPU" if on_a_gpu else "a device")
