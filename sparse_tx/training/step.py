@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -100,6 +101,7 @@ class Gradients:
         for p in self.parameters:
             p.grad = None
         self._inputs = tuple(t.clone() for t in inputs)
+        gc.collect()  # which the capture leaves to us
         graph = torch.cuda.CUDAGraph()
         # The memory of the first call is given back on entry: the graph has a pool of its own. Other threads may pin
         # batches meanwhile.
