@@ -106,6 +106,7 @@ class TrainerConfig:
     strategy: str = "auto"
     precision: str = "auto"
     fused: str = "auto"
+    residual: str = "float32"
     compile: str = "auto"
     cuda_graph: str = "auto"
     max_steps: int = MISSING
@@ -335,6 +336,7 @@ def training(cfg: DictConfig) -> TrainConfig:
     for key in ("fused", "compile", "cuda_graph"):
         setattr(trainer, key, getattr(trainer, key).lower())
         _one_of(f"trainer.{key}", getattr(trainer, key), ("auto", "true", "false"))
+    _one_of("trainer.residual", trainer.residual, ("float32", "bfloat16"))
     if trainer.devices != "auto" and not (trainer.devices.isdigit() and int(trainer.devices) >= 1):
         raise UserError(f"trainer.devices={trainer.devices}: give a number of at least 1, or auto for all there are")
     if trainer.max_time is not None and not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", trainer.max_time):

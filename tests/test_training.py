@@ -214,6 +214,15 @@ def test_fused_blocks_are_refused_where_no_kernel_runs(trained):
         trained("trainer.fused=true")
 
 
+def test_a_residual_stream_in_16_bits_is_refused_where_it_cannot_be(trained):
+    with pytest.raises(
+        UserError, match=r"trainer\.residual=bfloat16 goes with trainer\.precision=bf16-mixed, not with 32"
+    ):
+        trained("trainer.residual=bfloat16")
+    with pytest.raises(UserError, match=r"trainer\.residual=bfloat16 needs fused blocks"):
+        trained("trainer.residual=bfloat16", "trainer.precision=bf16-mixed")
+
+
 def test_compiled_blocks_give_the_losses_of_plain_ones(trained):
     settings = ("trainer.max_steps=20", "data=cifar10", "attention=strided", "model.dropout=0.1")
     plain, compiled = (losses(trained(*settings, f"trainer.compile={c}")) for c in ("false", "true"))

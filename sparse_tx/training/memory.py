@@ -12,7 +12,9 @@ where i is 2 in fused and compiled blocks and 3 in plain ones. Of these, by what
 r C and the output and log-sum-exp of attention itself, s C + 4 H; `block` keeps r C. What is dropped exists again for
 one block at a time.
 
-Compiled blocks took 40.6, 27.7 and 44.2 GiB in the three runs of benchmarks/RESULTS.md; this says 40.8, 28.2 and 44.6.
+Fused blocks with nothing run again took 40.8, 27.6 and 85.0 GiB (59M, batch 16; 95M, 4; 152M, 8; 34.8, 24.8 and 75.9
+with a stream in 16 bits) on an H200; this says 40.8, 28.2 and 86.0 (34.7, 25.2, 76.7). With `cheap`, 152M at a million
+positions: 123.8, this says 128.3.
 """
 
 from __future__ import annotations
@@ -87,10 +89,14 @@ def _kept(spec: ModelSpec, again: str, s: int, r: int, blocks: str) -> int:
     }[again]
 
 
-def by_policy(spec: ModelSpec, batch: int, *, half: bool, blocks: str, optimizer: str) -> dict[str, Memory]:
+def by_policy(
+    spec: ModelSpec, batch: int, *, half: bool, blocks: str, optimizer: str, residual: int = 4
+) -> dict[str, Memory]:
     """`memory_of` for each way to recompute that these blocks know, the fastest first."""
     return {
-        again: memory_of(spec.recomputing(again), batch, half=half, blocks=blocks, optimizer=optimizer)
+        again: memory_of(
+            spec.recomputing(again), batch, half=half, blocks=blocks, optimizer=optimizer, residual=residual
+        )
         for again in (RECOMPUTE if blocks == "fused" else PLAIN)
     }
 

@@ -55,7 +55,8 @@ class TrainingModule(LightningModule):
 
     def on_fit_start(self) -> None:
         if self.kind == "fused":
-            self.model.fuse_blocks()  # only here are the weights on their device
+            residual = torch.bfloat16 if self.config.trainer.residual == "bfloat16" else None
+            self.model.fuse_blocks(residual)  # only here are the weights on their device
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         tokens, rows = batch["tokens"], batch["rows"]

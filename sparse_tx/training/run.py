@@ -63,7 +63,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
     device, precision = _device_and_precision(config)
     spec = config.model_spec()
     cost = cost_of(spec)
-    blocks = _blocks(config, device)
+    blocks = _blocks(config, device, precision)
     # A dry run without a GPU tells what one would need.
     on_a_gpu = config.dry_run and device.type == "cpu" and config.trainer.precision != "32"
     memory = by_policy(
@@ -72,6 +72,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
         half=precision != "32-true" or on_a_gpu,
         blocks="fused" if on_a_gpu and config.trainer.fused != "false" else blocks,
         optimizer=config.optimizer.name,
+        residual=2 if config.trainer.residual == "bfloat16" else 4,
     )
     if spec.recompute not in memory:
         raise UserError(
@@ -267,8 +268,16 @@ def _capture(config: TrainConfig, device: torch.device, precision: str) -> str:
     return "auto" if fits else "false"
 
 
-def _blocks(config: TrainConfig, device: torch.device) -> str:
+def _blocks(config: TrainConfig, device: torch.device, precision: str) -> str:
     """How the residual blocks run: "fused", "compiled" or "plain"."""
+    if config.trainer.residual == "bfloat16" and not config.dry_run:
+        if precision != "bf16-mixed":
+            raise UserError(
+                f"trainer.residual=bfloat16 goes with trainer.precision=bf16-mixed, not with {precision}: "
+                "use trainer.residual=float32"
+            )
+        if config.trainer.fused == "false" or unsupported(device) is not None:
+            raise UserError("trainer.residual=bfloat16 needs fused blocks, on a GPU: use trainer.residual=float32")
     wanted, reason = config.trainer.fused, unsupported(device)
     if wanted == "true" and reason is not None and not config.dry_run:
         raise UserError(f"trainer.fused=true cannot run here: {reason}")
