@@ -97,6 +97,23 @@ def test_recomputed_blocks_give_the_same_bits(recompute):
     assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
 
 
+def test_hidden_units_by_parts_of_the_rows_give_the_gradients_of_the_whole(monkeypatch):
+    from sparse_tx.model.fused import blocks, linear
+
+    model = model_of()
+    model.fuse_blocks()
+    loss, grads = trained(model)
+    monkeypatch.setattr(linear, "ROWS", 16)  # of 38: three parts, the last shorter
+    monkeypatch.setattr(blocks, "ROWS", 16)
+    for recompute in ("feedforward", "block"):
+        for block in model.blocks:
+            block.recompute = recompute
+        again, others = trained(model)
+        torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+        for ours, theirs in zip(others, grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * float(theirs.abs().max()) + 1e-9)
+
+
 def test_cheap_recompute_runs_attention_once_and_block_twice(monkeypatch):
     from sparse_tx.attention.kernels import launch
 

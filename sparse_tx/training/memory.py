@@ -13,8 +13,7 @@ r C and the output and log-sum-exp of attention itself, s C + 4 H; `block` keeps
 one block at a time.
 
 Fused blocks with nothing run again took 40.8, 27.6 and 85.0 GiB (59M, batch 16; 95M, 4; 152M, 8; 34.8, 24.8 and 75.9
-with a stream in 16 bits) on an H200; this says 40.8, 28.2 and 86.0 (34.7, 25.2, 76.7). With `cheap`, 152M at a million
-positions: 123.8, this says 128.3.
+with a stream in 16 bits) on an H200; this says 40.8, 28.2 and 86.0 (34.7, 25.2, 76.7).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_tx.model import ModelSpec, Transformer
+from sparse_tx.model.fused import ROWS
 from sparse_tx.model.loss import CHUNK
 from sparse_tx.model.spec import RECOMPUTE, VOCABULARY
 from sparse_tx.model.transformer import count_parameters
@@ -62,6 +62,10 @@ def memory_of(
     # Gradients: of h, of what the half gives, and inside of it the inner activation and its gradient, or q k v's.
     inside = max(2 * s * F, s * (2 * Q + 2 * C) + 4 * H)
     working = tokens * (residual * C + s * C + inside + (whole - kept))
+    if blocks == "fused" and spec.recompute in ("feedforward", "cheap", "block") and tokens > ROWS:
+        # Hidden units and their gradients exist for ROWS tokens at a time.
+        rest = tokens * (residual * C + s * C + whole - kept - 2 * s * F)
+        working = rest + max(ROWS * 4 * s * F, tokens * (s * (2 * Q + 2 * C) + 4 * H))
     chunk = min(tokens, CHUNK) * (VOCABULARY * (3 * 4 + 2 * s) + C * (3 * 4 + s))
     with torch.device("meta"):
         model = Transformer(spec)

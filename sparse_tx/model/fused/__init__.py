@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from sparse_tx.attention.kernels import no_kernels
 
-__all__ = ["unsupported"]
+__all__ = ["ROWS", "unsupported"]
+
+# Rows of the feed-forward's hidden units that exist at a time where they are made again: in 16 bits and 2,048 wide,
+# those of a million rows are 4 GiB, and the backward pass needs three such tensors.
+ROWS = 1 << 17
 
 
 def unsupported(device: torch.device) -> str | None:
     """Why fused blocks cannot run on this device, with what would; None if they can."""
     reason = no_kernels(device)
     return None if reason is None else f"{reason}; use trainer.fused=false"
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"

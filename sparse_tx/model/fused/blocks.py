@@ -15,10 +15,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sparse_tx.attention import packed_attention
 from sparse_tx.model.block import ResidualBlock
+from sparse_tx.model.fused import ROWS
 from sparse_tx.model.fused.linear import feed_forward, joined, linear
 from sparse_tx.model.fused.norm import norm
 
-_KEPT = {"activation": "u", "feedforward": "none"}  # of the feed-forward's hidden units, by recompute policy
+
+def _kept(again: str, rows: int) -> str:
+    """What the feed-forward keeps of its hidden units under a recompute policy: see `feed_forward`."""
+    if again in ("block", "cheap"):
+        # They are made again for the time of one block; of very many rows even that is too much at once.
+        return "both" if rows <= ROWS else "none"
+    return {"activation": "u", "feedforward": "none"}.get(again, "both")
 
 
 class Rounded:
@@ -84,7 +91,8 @@ def _block(block: ResidualBlock, low: list[Tensor], h: Tensor, x: Tensor | None,
     keys_of = (None, None) if keys is None else (keys[0], keys[1])
     attend = partial(_attention, block, low, keys_of[0])
     h, x = _again(attend, h, x) if again == "attention" else attend(h, x)
-    return feed_forward(x, block.ff, low[3:], _KEPT.get(again, "both"), h, keys_of[1], block.dropout, following)
+    kept = _kept(again, x.shape[0] * x.shape[1])
+    return feed_forward(x, block.ff, low[3:], kept, h, keys_of[1], block.dropout, following)
 
 
 def _attention(block: ResidualBlock, low: list[Tensor], key: Tensor | None, h: Tensor, x: Tensor):

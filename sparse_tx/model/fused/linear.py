@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
+from sparse_tx.model.fused import ROWS
 from sparse_tx.model.fused.norm import Kept, Sum, sum_backward, sum_forward, tile_of, total
 
 # Programs, at most, of what adds up columns, and elements that one holds at a time. Tuned on an H100 for 512 and 2,048
@@ -121,7 +122,7 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weight, low, h, bias, key, p, gain, shift, eps):
         ctx.sum = Sum(bias, key, p, gain, shift, eps)
-        out, x, kept = sum_forward(h, (y.flatten(0, -2), low), ctx.sum, y.dtype)
+        out, x, kept = sum_forward(h, y.flatten(0, -2) @ low.t(), ctx.sum, y.dtype)
         ctx.save_for_backward(y, low, *kept)
         ctx.dtype = weight.dtype
         ctx.set_materialize_grads(False)
@@ -147,7 +148,10 @@ def joined(y, layer, low, h, key, p, norm: torch.nn.LayerNorm | None) -> tuple[T
 
 
 class _FeedForward(torch.autograd.Function):
-    """h' = h + drop(W2 f(u) + b2) with u = W1 x + b1, LN(h'). Keeps x, and of u and f(u) what `kept` says."""
+    """h' = h + drop(W2 f(u) + b2) with u = W1 x + b1, LN(h'). Keeps x, and of u and f(u) what `kept` says.
+
+    With "none", u and f(u) exist for ROWS rows at a time; of more, the gradients of the weights are sums over parts.
+    """
 
     @staticmethod
     def forward(
@@ -157,10 +161,19 @@ class _FeedForward(torch.autograd.Function):
         ctx.sum = Sum(bias, key, p, gain, shift, eps)
         ctx.dtype = expand.dtype
         ctx.set_materialize_grads(False)
-        u = torch.addmm(low_bias, x.flatten(0, -2), low_expand.t())
-        y = activation(u)
-        out, next_x, ends = sum_forward(h, (y, low_contract), ctx.sum, x.dtype)
-        hidden = (u if kept != "none" else None, y if kept == "both" else None)
+        rows = x.flatten(0, -2)
+        hidden: tuple[Tensor | None, Tensor | None] = (None, None)
+        if kept == "none":
+            a = torch.empty(len(rows), len(low_contract), dtype=x.dtype, device=x.device)
+            for part in _parts(len(rows)):
+                u = torch.addmm(low_bias, rows[part], low_expand.t())
+                torch.mm(activation(u), low_contract.t(), out=a[part])
+        else:
+            u = torch.addmm(low_bias, rows, low_expand.t())
+            y = activation(u)
+            a = y @ low_contract.t()
+            hidden = u, y if kept == "both" else None
+        out, next_x, ends = sum_forward(h, a, ctx.sum, x.dtype)
         ctx.save_for_backward(x, *hidden, low_expand, low_bias, low_contract, *ends)
         return out, next_x
 
@@ -170,23 +183,34 @@ class _FeedForward(torch.autograd.Function):
         x, u, y, low_expand, low_bias, low_contract, *kept = ctx.saved_tensors
         d_h, d_a, d_bias, d_gain, d_shift = sum_backward(d_out, d_next, Kept(*kept), ctx.sum, x.dtype)
         assert d_a is not None
-        rows = x.flatten(0, -2)
-        if u is None:
-            u = torch.addmm(low_bias, rows, low_expand.t())
-        T, F = u.shape
-        BF, R = tile_of(F, _TILE)
-        blocks = triton.cdiv(T, R)
-        shares = torch.empty(min(_PROGRAMS, blocks), BF, dtype=torch.float32, device=u.device)
-        d_u = d_a @ low_contract
-        again = y is None
-        y = torch.empty_like(u) if again else y
-        activation_backward[(len(shares),)](u, d_u, y, shares, T, blocks, F=F, BF=BF, R=R, AGAIN=again, num_warps=4)
-        d_contract = weight_gradient(d_a, y, ctx.dtype)
-        d_expand = weight_gradient(d_u, rows, ctx.dtype)
-        return (
-            (d_u @ low_expand).view(x.shape), d_expand, total(shares)[:F], d_contract, None, None, None, None,
-            d_h, d_bias, None, None, d_gain, d_shift, None,
-        )  # fmt: skip
+        rows, d_x = x.flatten(0, -2), torch.empty_like(x, memory_format=torch.contiguous_format)
+        found: list[Tensor] = []
+        for part in _parts(len(rows)) if u is None else [slice(None)]:
+            u_part = torch.addmm(low_bias, rows[part], low_expand.t()) if u is None else u
+            d_u = d_a[part] @ low_contract
+            y_part, d_expand_bias = _activation_gradient(u_part, d_u, y)
+            torch.mm(d_u, low_expand, out=d_x.flatten(0, -2)[part])
+            d_contract = weight_gradient(d_a[part], y_part, ctx.dtype)
+            d_expand = weight_gradient(d_u, rows[part], ctx.dtype)
+            these = [d_expand, d_expand_bias.to(ctx.dtype), d_contract]
+            found = these if not found else [a.add_(b) for a, b in zip(found, these, strict=True)]
+        return d_x, *found, None, None, None, None, d_h, d_bias, None, None, d_gain, d_shift, None
+
+
+def _parts(rows: int) -> list[slice]:
+    return [slice(start, start + ROWS) for start in range(0, rows, ROWS)]
+
+
+def _activation_gradient(u: Tensor, d: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """f(u), made again if y is None, and the sums of the columns of u's gradient, which d becomes. u, d: (T, F)."""
+    T, F = u.shape
+    BF, R = tile_of(F, _TILE)
+    blocks = triton.cdiv(T, R)
+    shares = torch.empty(min(_PROGRAMS, blocks), BF, dtype=torch.float32, device=u.device)
+    again = y is None
+    y = torch.empty_like(u) if y is None else y
+    activation_backward[(len(shares),)](u, d, y, shares, T, blocks, F=F, BF=BF, R=R, AGAIN=again, num_warps=4)
+    return y, total(shares)[:F]
 
 
 def feed_forward(x, layer, low: list[Tensor], kept: str, h, key, p, norm: torch.nn.LayerNorm | None):

@@ -183,18 +183,13 @@ class Sum(NamedTuple):
         return int(self.p * 2**32)
 
 
-def sum_forward(
-    h: Tensor, product: tuple[Tensor, Tensor] | None, sum: Sum, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Kept]:
-    """h' = h + drop(y weight^T + bias) in the dtype of h, and LN(h') in `dtype`. h: (B, S, C).
-
-    product: y (B S, K) and weight (C, K), None to add nothing.
-    """
+def sum_forward(h: Tensor, a: Tensor | None, sum: Sum, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Kept]:
+    """h' = h + drop(a + bias) in the dtype of h, and LN(h') in `dtype`. h: (B, S, C), a: (B S, C) or None."""
     B, S, C = h.shape
     T = B * S
     BC, R = tile_of(C)
     h = h.contiguous()
-    out = h if product is None else torch.empty_like(h)
+    out = h if a is None else torch.empty_like(h)
     normed = sum.gain is not None
     x = torch.empty(B, S, C, dtype=dtype, device=h.device) if normed else None
     mean, rstd = (torch.empty(T if normed else 0, dtype=torch.float32, device=h.device) for _ in range(2))
@@ -203,8 +198,9 @@ def sum_forward(
         sum.shift if normed else h, out, h if x is None else x, mean, rstd, T, S, sum.eps, sum.scale,
     )  # fmt: skip
     flags = {"DROP": sum.drops, "NORM": normed, "THRESHOLD": sum.threshold}
-    a = h if product is None else product[0] @ product[1].t()
-    add_norm_forward[(triton.cdiv(T, R),)](h, a, *ends, C=C, BC=BC, R=R, ADD=product is not None, **flags, num_warps=4)
+    add_norm_forward[(triton.cdiv(T, R),)](
+        h, h if a is None else a, *ends, C=C, BC=BC, R=R, ADD=a is not None, **flags, num_warps=4
+    )
     return out, x, Kept(out if normed else None, mean, rstd, sum.gain, sum.key if sum.drops else None)
 
 
