@@ -3,6 +3,7 @@
 `test_fused_interpreted.py` runs this file in the interpreter, in a process of its own.
 """
 
+import copy
 import dataclasses
 import os
 
@@ -18,7 +19,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from sparse_tx.model import AttentionSpec, ModelSpec, Transformer  # noqa: E402
 from sparse_tx.model.dropout import counter_dropout  # noqa: E402
-from sparse_tx.model.fused.linear import activation, bias_gradient, feed_forward, joined  # noqa: E402
+from sparse_tx.model.fused.linear import activation, bias_gradient, feed_forward, joined, linear  # noqa: E402
 from sparse_tx.model.fused.norm import norm  # noqa: E402
 from sparse_tx.training.memory import memory_of  # noqa: E402
 
@@ -210,3 +211,92 @@ def test_fused_blocks_keep_the_memory_that_is_expected(recompute):
     assert h.requires_grad
     expected = memory_of(model.spec, 2, half=False, blocks="fused").kept - 2 * h.numel() * 4
     assert sum(size for size, _ in kept.values()) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_product_takes_the_gradient_of_a_sum():
+    layer, x = torch.nn.Linear(24, 40).to(DEVICE), torch.randn(2, 7, 24, device=DEVICE)
+    linear(x, layer, layer.weight.detach(), layer.bias.detach()).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full_like(layer.bias, 14))
+    torch.testing.assert_close(layer.weight.grad, x.sum((0, 1)).expand(40, 24))
+
+
+def test_other_weights_put_in_place_of_the_first_are_those_that_run():
+    model, other = model_of(layers=1, dropout=0.0), model_of(layers=1, dropout=0.0)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.1)
+    tokens = torch.randint(256, (1, 9), device=DEVICE)
+    expected = other(tokens)
+    model.fuse_blocks()
+    called = torch.func.functional_call(model, dict(other.named_parameters()), (tokens,))
+    torch.testing.assert_close(called, expected, rtol=1e-4, atol=1e-5)
+    model.load_state_dict({n: p.detach().clone() for n, p in other.state_dict().items()}, assign=True)
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_rounded_for_one_pass_are_not_those_of_another():
+    """Scored in inference mode first, with other weights between two passes, as an average puts them in."""
+    model = model_of(layers=1, dropout=0.0)
+    model.fuse_blocks()
+    tokens = torch.randint(256, (1, 9), device=DEVICE)
+    weights = list(model.parameters())
+
+    def loss():
+        with torch.autocast(DEVICE, LOW):
+            return model(tokens).float().square().mean()
+
+    with torch.inference_mode():
+        loss()
+    alone = torch.autograd.grad(loss(), weights)
+    pending = loss()
+    loss()
+    for a, b in zip(torch.autograd.grad(pending, weights), alone, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_frozen_parameters_get_no_gradient_and_change_no_other():
+    model = model_of(layers=2)
+    model.fuse_blocks()
+    _, whole = trained(model)
+    frozen = [
+        i for i, (n, _) in enumerate(model.named_parameters()) if "embedding" in n or "blocks.0" in n or i % 3 == 0
+    ]
+    parameters = list(model.parameters())
+    for i in frozen:
+        parameters[i].requires_grad_(False)
+    _, some = trained(model)
+    for i, (a, b) in enumerate(zip(some, whole, strict=True)):
+        assert a is None if i in frozen else torch.equal(a, b)
+
+
+def test_a_copy_of_a_fused_model_runs_its_own_weights():
+    model = model_of(layers=1, dropout=0.0)
+    names = list(model.state_dict())
+    model.fuse_blocks()
+    tokens = torch.randint(256, (1, 9), device=DEVICE)
+    before = model(tokens).detach()
+    twin = copy.deepcopy(model)
+    assert list(twin.state_dict()) == names
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(0.9)
+    assert torch.equal(model(tokens), before)
+    assert not torch.allclose(twin(tokens), before)
+
+
+@pytest.mark.parametrize(("S", "width"), [(1, 48), (3, 40)])
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+def test_one_row_of_one_byte_and_widths_between_powers_of_two(S, width, recompute):
+    model = model_of(layers=1, width=width, heads=1, qk=width, ff=24, recompute=recompute)
+    tokens = torch.randint(256, (1, S), device=DEVICE)
+    step = torch.tensor(2, device=DEVICE)
+
+    def grads():
+        model.zero_grad()
+        model(tokens, seed=1, step=step).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    plain = grads()
+    model.fuse_blocks()
+    for a, b in zip(grads(), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()) + 1e-9)

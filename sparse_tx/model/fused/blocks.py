@@ -28,28 +28,23 @@ def _kept(again: str, rows: int) -> str:
     return {"activation": "u", "feedforward": "none"}.get(again, "both")
 
 
-class Rounded:
-    """The blocks' matrices, and the biases that the products add, in the dtype of the products.
+def rounded(blocks: list[ResidualBlock], dtype: torch.dtype) -> list[list[Tensor]]:
+    """The blocks' matrices, and the biases that the products add, in the dtype of the products, without gradients.
 
-    Rounded once a forward pass by one launch for many tensors, where autocast does so for each: 128 layers have 768.
+    By layer: qkv and its bias, out, expand and its bias, contract. Rounded once a forward pass by one launch for many
+    tensors, where autocast does so for each: 128 layers have 768. Into memory of each pass's own: a backward pass, or
+    the replay of a captured one, may still need those of another.
     """
-
-    def __init__(self, blocks: list[ResidualBlock]) -> None:
-        self._own: list[Tensor] = []
-        for block in blocks:
-            qkv, out, expand, contract = block.attention.qkv, block.attention.out, block.ff.expand, block.ff.contract
-            self._own += [qkv.weight, qkv.bias, out.weight, expand.weight, expand.bias, contract.weight]
-        self._kept: list[Tensor] = []
-
-    def __call__(self, dtype: torch.dtype) -> list[list[Tensor]]:
-        """By layer: qkv and its bias, out, expand and its bias, contract."""
-        chosen = [p.detach() for p in self._own]
-        if dtype != chosen[0].dtype:
-            if not self._kept or self._kept[0].dtype != dtype or self._kept[0].device != chosen[0].device:
-                self._kept = [torch.empty_like(p, dtype=dtype) for p in chosen]
-            torch._foreach_copy_(self._kept, chosen)
-            chosen = self._kept
-        return [chosen[i : i + 6] for i in range(0, len(chosen), 6)]
+    chosen: list[Tensor] = []
+    for block in blocks:
+        qkv, out, expand, contract = block.attention.qkv, block.attention.out, block.ff.expand, block.ff.contract
+        chosen += [qkv.weight, qkv.bias, out.weight, expand.weight, expand.bias, contract.weight]
+    chosen = [p.detach() for p in chosen]
+    if dtype != chosen[0].dtype:
+        own = [torch.empty_like(p, dtype=dtype) for p in chosen]
+        torch._foreach_copy_(own, chosen)
+        chosen = own
+    return [chosen[i : i + 6] for i in range(0, len(chosen), 6)]
 
 
 class FusedBlocks:
@@ -57,7 +52,6 @@ class FusedBlocks:
 
     def __init__(self, blocks: list[ResidualBlock], residual: torch.dtype | None) -> None:
         self.blocks, self.residual = blocks, residual
-        self._rounded = Rounded(blocks)
 
     def __call__(self, h: Tensor, keys: Tensor | None) -> Tensor:
         """h (B, S, C) -> (B, S, C), before the final norm. keys: (layers, 2, B, 2) of `dropout_keys`."""
@@ -69,7 +63,7 @@ class FusedBlocks:
             h = h.to(self.residual)
         with torch.autocast(kind, enabled=False):
             x = None
-            for layer, (block, low) in enumerate(zip(self.blocks, self._rounded(dtype), strict=True)):
+            for layer, (block, low) in enumerate(zip(self.blocks, rounded(self.blocks, dtype), strict=True)):
                 following = self.blocks[layer + 1].attention_norm if layer + 1 < len(self.blocks) else None
                 h, x = _run(block, low, h, x, None if keys is None else keys[layer], following)
         return h

@@ -60,7 +60,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_y):
         x, low = ctx.saved_tensors
-        d_y = d_y.flatten(0, -2)
+        d_y = d_y.flatten(0, -2).contiguous()  # of a sum it is one number, expanded
         d_x = (d_y @ low).unflatten(0, x.shape[:-1])
         d_weight = weight_gradient(d_y, x.flatten(0, -2), ctx.dtype)
         return d_x, d_weight, bias_gradient(d_y, ctx.dtype), None, None
@@ -84,15 +84,16 @@ def activation_forward(U, Y, T, F: tl.constexpr, BF: tl.constexpr, R: tl.constex
 
 @triton.jit
 def activation_backward(
-    U, D, Y, SUMS, T, blocks, F: tl.constexpr, BF: tl.constexpr, R: tl.constexpr, AGAIN: tl.constexpr
-):
+    U, D, Y, SUMS, T, blocks,
+    F: tl.constexpr, BF: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
     """D holds the gradient of the activation and gets that of u. AGAIN: Y gets the activation once more.
 
     SUMS: (programs, BF), this program's share of the gradient of the bias.
     """
     columns = tl.arange(0, BF)
     total = tl.zeros([R, BF], tl.float32)
-    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=2):
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
         rows = block * R + tl.arange(0, R)
         inside = (rows < T)[:, None] & (columns < F)[None, :]
         at = rows.to(tl.int64)[:, None] * F + columns[None, :]
@@ -209,7 +210,8 @@ def _activation_gradient(u: Tensor, d: Tensor, y: Tensor | None) -> tuple[Tensor
     shares = torch.empty(min(_PROGRAMS, blocks), BF, dtype=torch.float32, device=u.device)
     again = y is None
     y = torch.empty_like(u) if y is None else y
-    activation_backward[(len(shares),)](u, d, y, shares, T, blocks, F=F, BF=BF, R=R, AGAIN=again, num_warps=4)
+    sizes = {"F": F, "BF": BF, "R": R, "STAGES": 2 if BF <= _TILE else 1}
+    activation_backward[(len(shares),)](u, d, y, shares, T, blocks, **sizes, AGAIN=again, num_warps=4)
     return y, total(shares)[:F]
 
 

@@ -147,7 +147,7 @@ def total(shares: Tensor) -> Tensor:
 def tile_of(C: int, elements: int = TILE) -> tuple[int, int]:
     """Columns of a tile and its rows."""
     BC = triton.next_power_of_2(C)
-    return BC, max(1, elements // BC)
+    return BC, max(1, elements // BC)  # a row of more elements is not brought ahead: it would not fit shared memory
 
 
 class Kept(NamedTuple):
@@ -222,7 +222,7 @@ def sum_backward(
     add_norm_backward[(programs,)](
         given.contiguous(), d_h if d_x is None else d_x.contiguous(), kept.h if normed else d_h, kept.mean, kept.rstd,
         kept.gain if normed else d_h, kept.key if sum.drops else d_h, d_h, d_h if d_a is None else d_a, shares,
-        T, S, sum.scale, blocks, C=C, BC=BC, R=R, STAGES=3, ADD=d_a is not None, DROP=sum.drops,
+        T, S, sum.scale, blocks, C=C, BC=BC, R=R, STAGES=3 if BC <= TILE else 1, ADD=d_a is not None, DROP=sum.drops,
         NORM=normed, GIVEN=d_out is not None, THRESHOLD=sum.threshold, num_warps=4,
     )  # fmt: skip
     d_gain, d_shift, d_bias = total(shares)[:, :C]
