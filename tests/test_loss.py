@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sparse_tx.model import loss as loss_module
 from sparse_tx.model.loss import mean_nats, position_nats
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -101,3 +102,19 @@ def test_the_fused_softmax_gives_the_loss_of_the_plain_one():
     got, want = (both(mean_nats(h, norm, output, tokens, chunk=64, compiled=c), leaves) for c in (True, False))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_more_sizes_in_one_process_than_torch_compiles_are_no_error(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_(f, backend="eager", **settings))
+    torch._dynamo.reset()
+    loss_module._fused_nats_and_gradient.cache_clear()
+    try:
+        for positions in range(8, 20):
+            h, norm, output, tokens, leaves = case(positions=positions)
+            got, want = (both(mean_nats(h, norm, output, tokens, compiled=c), leaves) for c in (True, False))
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    finally:
+        loss_module._fused_nats_and_gradient.cache_clear()
+        torch._dynamo.reset()
