@@ -114,7 +114,8 @@ class Gradients:
         assert self._graph is not None
         for kept, given in zip(self._inputs, inputs, strict=True):
             kept.copy_(given, non_blocking=True)
-        if self.parameters[0].grad is not self._kept[0]:  # after a batch of another shape
+        first = next(i for i, grad in enumerate(self._kept) if grad is not None)  # a frozen one has none
+        if self.parameters[first].grad is not self._kept[first]:  # after a batch of another shape
             for p, grad in zip(self.parameters, self._kept, strict=True):
                 p.grad = grad
         self._graph.replay()
