@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+import sys
 import tarfile
 
 import numpy as np
@@ -170,6 +171,23 @@ def test_unreadable_recordings_are_all_named_and_left_out_on_request(tmp_path, c
         path.unlink()
     alone = prepare(audio(folder))
     assert all(np.array_equal(prepared.split(s), alone.split(s)) for s in ("train", "validation", "test"))
+
+
+@pytest.mark.parametrize("package", ["soundfile", "soxr"])
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+def test_a_missing_package_is_one_error_before_any_recording_is_read(tmp_path, monkeypatch, capsys, package, policy):
+    folder = write_recordings(tmp_path / "a", 3)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(folder, ".")
+    for file in (*folder.rglob("*.wav"), tmp_path / "a.tar"):
+        file.write_bytes(b"what only reading could tell is no sound")
+    monkeypatch.setitem(sys.modules, package, None)
+    for source in (folder, tmp_path / "a.tar"):
+        with pytest.raises(UserError, match=rf"^recordings need the package {package}, .*: pip install") as refused:
+            prepare(audio(source, unreadable=policy))
+        assert str(refused.value).count("pip install") == 1
+        assert "unreadable" not in str(refused.value)
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_a_recording_that_breaks_off_while_it_is_read_leaves_nothing_of_itself(tmp_path):

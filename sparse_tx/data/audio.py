@@ -54,7 +54,8 @@ def identify(spec: DataSpec) -> dict[str, Any]:
 
 
 def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    # First: a missing package is no fault of a recording, to be told of each or skipped with it.
+    told: dict[str, Any] = {"decoder": decoder()}
     named, count = _recordings(spec, download, told)
     unreadable = Unreadable(spec.unreadable)
     codes = writer.folder / "scratch"
@@ -69,7 +70,6 @@ def build(spec: DataSpec, writer: Writer, *, download: bool) -> dict[str, Any]:
     codes.unlink()
     return told | {
         "encoding": f"mono, {RATE} Hz, 8-bit mu-law",
-        "decoder": decoder(),
         "recordings": {s: [{"name": n, "samples": where[n][1] - where[n][0]} for n in splits[s]] for s in splits},
         "split_rule": RULE.format(k=len(splits["test"])),
         **unreadable.meta(),

@@ -1,5 +1,6 @@
 """One recording to its bytes: mono, 12 kHz, 8-bit mu-law."""
 
+import importlib
 import io
 import re
 from collections.abc import Iterator
@@ -73,18 +74,22 @@ def probe_recording(path: Path):
 
 
 def decoder() -> str:
-    """What recordings are decoded and resampled by: another release may give other bytes for Ogg and MP3."""
+    """What recordings are decoded and resampled by: another release may give other bytes for Ogg and MP3. UserError,
+    naming the package, if one is missing."""
     soundfile, soxr = _libraries()
     return f"soundfile {soundfile.__version__} (libsndfile {soundfile.__libsndfile_version__}), soxr {soxr.__version__}"
 
 
 def _libraries() -> tuple[Any, Any]:
-    try:
-        import soundfile
-        import soxr
-    except (ImportError, OSError) as error:  # OSError: soundfile without its libsndfile
-        raise UserError(f"recordings need soundfile and soxr ({error}): pip install soundfile soxr") from error
-    return soundfile, soxr
+    found = []
+    for name in ("soundfile", "soxr"):
+        try:
+            found.append(importlib.import_module(name))
+        except (ImportError, OSError) as error:  # OSError: soundfile without its libsndfile
+            raise UserError(
+                f"recordings need the package {name}, which cannot be imported ({error}): pip install soundfile soxr"
+            ) from error
+    return found[0], found[1]
 
 
 def _check_ogg(source: Path | BinaryIO, where: str):
