@@ -1,16 +1,15 @@
 """Milliseconds a byte of sampling against a compiled decoder with a static key-value cache.
 
     python benchmarks/sampling.py                                     # all workloads: minutes, mostly compiling
-    python benchmarks/sampling.py --workloads cifar10 --batches 1,16 --arms layers,persistent
+    python benchmarks/sampling.py --workloads cifar10 --batches 1,16 --arms plain,fused
     python benchmarks/sampling.py --tiny                              # in seconds on a CPU: that it runs, no numbers
 
-Ours is what `sample.py` runs: the cache of the patterns, a step as one CUDA graph. Its arms: "layers", fused kernels,
-some for each layer; "persistent", one kernel for all layers, small batches alone (a star marks which of the two
-sampling takes by itself); "plain", torch alone; "compiled", torch.compile fuses each layer of that. The rival is what a
-careful user writes: the same weights with dense attention over a static cache of all positions, each layer compiled,
-the whole step one CUDA graph, sampling on the device. All draw in bf16 and never wait for the device. Steps are timed
-at positions spread over the context. Before anything is timed, ours is compared with the forward pass, the rival with a
-dense one. Floor: weights, and the keys that the patterns read, once a step.
+Ours is what `sample.py` runs: the cache of the patterns, a step as one CUDA graph. Its arms: "fused", our Triton
+kernels, which sampling takes by itself; "plain", torch alone; "compiled", torch.compile fuses each layer of that. The
+rival is what a careful user writes: the same weights with dense attention over a static cache of all positions, each
+layer compiled, the whole step one CUDA graph, sampling on the device. All draw in bf16 and never wait for the device.
+Steps are timed at positions spread over the context. Before anything is timed, ours is compared with the forward pass,
+the rival with a dense one. Floor: weights, and the keys that the patterns read, once a step.
 """
 
 from __future__ import annotations
@@ -46,12 +45,11 @@ WORKLOADS = {
     "audio 65k": ("experiment=audio_65k",),
 }
 TINY = ("debug=fast", "model.layers=4")
-ARMS = ("rival", "plain", "compiled", "layers", "persistent")
+ARMS = ("rival", "plain", "compiled", "fused")
 WAYS = {  # fused, compile
     "plain": (False, False),
     "compiled": (False, True),
-    "layers": ("layers", False),
-    "persistent": ("persistent", False),
+    "fused": (True, False),
 }
 Step = Callable[[int, int], None]  # draws positions start to end - 1
 
@@ -132,18 +130,16 @@ def _dense_layer(
     return layer(h, w, attend)
 
 
-def make_arm(arm: str, model: Transformer, batch: int, dtype: torch.dtype, overlap: bool) -> tuple[Step, str]:
-    """The arm, and its name with a star if sampling takes it by itself."""
+def make_arm(arm: str, model: Transformer, batch: int, dtype: torch.dtype, overlap: bool) -> Step:
     if arm == "rival":
-        return Dense(model, batch, dtype, compile=model.output.weight.is_cuda).advance, "rival"
+        return Dense(model, batch, dtype, compile=model.output.weight.is_cuda).advance
     fused, compile = WAYS[arm]
     sampler = Sampler(model, model.spec.context, batch, dtype=dtype, compile=compile, fused=fused)
     kernels = sampler.decoder.kernels
     if kernels is not None:
         kernels.dependent &= overlap
-    star = "*" if kernels is not None and kernels.suits_persistent == kernels.persistent else ""
     numbers = torch.arange(sampler.batch, device=sampler.device)
-    return lambda start, end: sampler.advance(start, end, numbers), f"ours, {arm}{star}"
+    return lambda start, end: sampler.advance(start, end, numbers)
 
 
 def milliseconds(step: Step, context: int, device: torch.device, steps: int, places: int) -> float:
@@ -235,15 +231,14 @@ def measure(name: str, spec: ModelSpec, options: argparse.Namespace, device: tor
     for batch in options.batches:
         rates: dict[str, float] = {}
         for arm in arms:
+            shown = arm if arm == "rival" else f"ours, {arm}"
             most = largest_batch(dense if arm == "rival" else kept, device, options.tiny)
             B, step = most if batch == "best" else int(batch), None
             try:
-                step, arm = make_arm(arm, model, B, dtype, options.overlap)
+                step = make_arm(arm, model, B, dtype, options.overlap)
                 ms = milliseconds(step, spec.context, device, options.steps, options.places)
-            except NotImplementedError:
-                continue  # the persistent kernel, in a batch too large for it
             except torch.cuda.OutOfMemoryError:
-                print(f"| {B} | {arm} | out of memory | | | | |", flush=True)
+                print(f"| {B} | {shown} | out of memory | | | | |", flush=True)
                 continue
             finally:
                 step = None
@@ -253,11 +248,11 @@ def measure(name: str, spec: ModelSpec, options: argparse.Namespace, device: tor
             rates[arm] = rate = B * 1e3 / ms
             ratio = f"{rate / rates['rival']:.2f}x" if "rival" in rates else ""
             print(
-                f"| {B} | {arm} | {ms:.3f} | {least:.4f} ({least / ms:.1%}) | {rate:,.0f} | {pace(spec, rate)} "
+                f"| {B} | {shown} | {ms:.3f} | {least:.4f} ({least / ms:.1%}) | {rate:,.0f} | {pace(spec, rate)} "
                 f"| {ratio} |",
                 flush=True,
             )
-            rows.append({"workload": name, "batch": B, "arm": arm, "ms": ms, "floor": least, "check": checked})
+            rows.append({"workload": name, "batch": B, "arm": shown, "ms": ms, "floor": least, "check": checked})
     return rows
 
 

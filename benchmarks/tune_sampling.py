@@ -1,7 +1,7 @@
 """Times sampling under other sizes of the decoding kernels: what the rules of `decode_kernels/configs.py` were set by.
 
-    python benchmarks/tune_sampling.py --batches 1,4 --way persistent
-    python benchmarks/tune_sampling.py --batches 128,1024 --way layers --workload "cifar10 merged"
+    python benchmarks/tune_sampling.py --batches 1,4
+    python benchmarks/tune_sampling.py --batches 128,1024 --workload "cifar10 merged"
 
 One table a batch, milliseconds a byte as benchmarks/sampling.py has them, the best last. A size that does not fit the
 model or the GPU is left out.
@@ -18,20 +18,12 @@ import torch
 from sampling import WORKLOADS, make_arm, make_model, milliseconds, specs
 from triton.runtime.errors import OutOfResources
 
-from sparse_tx.model import ModelSpec
 from sparse_tx.model.decode_kernels import configs
 
 Change = dict[str, Callable[..., Any]]  # functions of `configs` by name
 
 
-def stacks(spec: ModelSpec) -> Iterator[tuple[str, Change]]:
-    for shares, units, keys, warps in itertools.product((2, 4, 8), (8, 16, 32), (128,), (4, 8)):
-        if (spec.width // spec.heads) % shares == 0 and spec.ff % units == 0:
-            chosen = configs.Stack(shares, units, keys, warps)
-            yield str(chosen), {"stack": lambda *_, c=chosen: c}
-
-
-def layers(rows: int) -> Iterator[tuple[str, Change]]:
+def changes(rows: int) -> Iterator[tuple[str, Change]]:
     yield "the rules", {}
     for keys, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8)):
         yield f"attend: {keys} keys, {warps} warps", {"attend": lambda _, c=(keys, warps): c}
@@ -64,7 +56,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", default="cifar10 interleaved", choices=WORKLOADS)
     parser.add_argument("--batches", default="1", help="comma-separated")
-    parser.add_argument("--way", default="persistent", choices=("layers", "persistent"))
     parser.add_argument("--steps", type=int, default=64, help="bytes drawn in a run")
     parser.add_argument("--places", type=int, default=3, help="positions at which runs begin")
     options = parser.parse_args()
@@ -74,20 +65,20 @@ def main() -> None:
         model = make_model(spec, device)
         for rows in map(int, options.batches.split(",")):
             found = []
-            for name, change in stacks(spec) if options.way == "persistent" else layers(rows):
+            for name, change in changes(rows):
                 kept = {key: getattr(configs, key) for key in change}
                 try:
                     for key, function in change.items():
                         setattr(configs, key, function)
-                    step, _ = make_arm(options.way, model, rows, torch.bfloat16, True)
+                    step = make_arm("fused", model, rows, torch.bfloat16, True)
                     found.append((milliseconds(step, spec.context, device, options.steps, options.places), name))
-                except (NotImplementedError, OutOfResources):
+                except OutOfResources:
                     continue
                 finally:
                     step = None
                     for key, function in kept.items():
                         setattr(configs, key, function)
-            print(f"\n{options.workload}, {options.way}, {rows} rows, {torch.cuda.get_device_name(device)}")
+            print(f"\n{options.workload}, {rows} rows, {torch.cuda.get_device_name(device)}")
             for ms, name in sorted(found, reverse=True):
                 print(f"{ms:8.3f} ms  {name}", flush=True)
 

@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from sparse_tx.model.decode_kernels import WAYS, configs, unsupported  # noqa: E402
+from sparse_tx.model.decode_kernels import configs, unsupported  # noqa: E402
 from sparse_tx.model.decode_kernels.steps import EPS, FusedSteps  # noqa: E402
 from sparse_tx.model.decoder import Decoder  # noqa: E402
 from sparse_tx.sampling.sampler import Sampler, draw  # noqa: E402
@@ -36,44 +36,41 @@ def tokens_of(rows, length):
 
 
 def small_tiles(monkeypatch):
-    """Several blocks of keys, splits of them, shares of values and of hidden units, in a model as small as this."""
+    """Several blocks of keys, and splits of them, in a model as small as this."""
     monkeypatch.setattr(configs, "attend", lambda widest: (4, 4))
     monkeypatch.setattr(configs, "splits", lambda programs, slots, gpu: 2)
-    monkeypatch.setattr(configs, "stack", lambda Dv, ff, slots: configs.Stack(2, 3, 4, 4))
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ATTENTIONS)
 @torch.inference_mode()
-def test_fused_logits_equal_the_forward_pass(name, way):
+def test_fused_logits_equal_the_forward_pass(name):
     model, tokens = model_here(name), tokens_of(1, 20)
     whole = model(tokens)
     # From nothing, and from prompts that end beside an edge of a block, in caches as long as the context and shorter.
     for length, P, end in ((36, 0, 2), (36, 7, 10), (36, 15, 18), (17, 14, 17)):
-        decoder = Decoder(model, 1, length, fused=way)
+        decoder = Decoder(model, 1, length, fused=True)
         if P:
             decoder.prefill(tokens[:, :P], torch.zeros(1, dtype=torch.long, device=DEVICE))
         torch.testing.assert_close(steps(decoder, tokens[:, :end], P), whole[:, P:end], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["full", "strided merged", "fixed", "sliding"])
 @torch.inference_mode()
-def test_blocks_splits_and_shares_make_no_difference(monkeypatch, name, way):
+def test_blocks_and_splits_make_no_difference(monkeypatch, name):
     model, tokens = model_here(name, layers=1), tokens_of(1, 20)
     whole = model(tokens)
     small_tiles(monkeypatch)
-    decoder = Decoder(model, 1, fused=way)
+    decoder = Decoder(model, 1, fused=True)
     decoder.prefill(tokens[:, :17], torch.zeros(1, dtype=torch.long, device=DEVICE))
     torch.testing.assert_close(steps(decoder, tokens, 17), whole[:, 17:], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("way", "rows"), [("layers", 2), ("layers", 17), ("persistent", 2)])
+@pytest.mark.parametrize("rows", [2, 17])
 @torch.inference_mode()
-def test_in_16_bits_fused_logits_are_as_near_the_truth_as_plain_ones(way, rows):
+def test_in_16_bits_fused_logits_are_as_near_the_truth_as_plain_ones(rows):
     model, tokens = model_here("strided merged"), tokens_of(rows, 5)
     plain = steps(Decoder(model, rows, static=True, fused=False, dtype=LOW), tokens)
-    fused = steps(Decoder(model, rows, fused=way, dtype=LOW), tokens)
+    fused = steps(Decoder(model, rows, fused=True, dtype=LOW), tokens)
     exact = model.double()(tokens)
     assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
@@ -82,7 +79,7 @@ def test_in_16_bits_fused_logits_are_as_near_the_truth_as_plain_ones(way, rows):
 @torch.inference_mode()
 def test_a_linear_step_is_norm_product_activation_and_residual(rows):
     model = model_here("full", width=48, heads=2, qk=32, ff=80)
-    kernels = Decoder(model, rows, fused="layers").kernels
+    kernels = Decoder(model, rows, fused=True).kernels
     assert isinstance(kernels, FusedSteps)
     generator = torch.Generator().manual_seed(0)
     norm = [torch.randn(48, generator=generator).to(DEVICE) for _ in range(2)]
@@ -107,7 +104,7 @@ def test_a_linear_step_is_norm_product_activation_and_residual(rows):
 @torch.inference_mode()
 def test_draws_are_those_of_the_plain_path(temperature):
     B, length, position = 64, 30, 11
-    kernels = Decoder(model_here("full", layers=1), B, fused="layers").kernels
+    kernels = Decoder(model_here("full", layers=1), B, fused=True).kernels
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(B, 256, generator=generator)
     logits[0, 5:] = -torch.inf
@@ -128,15 +125,14 @@ def test_draws_are_those_of_the_plain_path(temperature):
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 20, "top_p": 0.9}], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def test_fused_samples_are_the_plain_ones(monkeypatch, way, settings):
+def test_fused_samples_are_the_plain_ones(monkeypatch, settings):
     from sparse_tx.attention import ranges
 
     monkeypatch.setattr(ranges, "CHUNK", 8)
     model = model_here("strided", layers=1)
     prompts = tokens_of(2, 5).to(torch.uint8).cpu()
     samples = []
-    for fused in (False, way):
+    for fused in (False, True):
         sampler = Sampler(model, 10, 8, seed=2, fused=fused, **settings)
         samples += sampler.draw(prompts, 8)
     assert torch.equal(samples[0].tokens, samples[1].tokens)
@@ -145,14 +141,10 @@ def test_fused_samples_are_the_plain_ones(monkeypatch, way, settings):
 
 def test_what_the_kernels_cannot_do_is_said():
     model = model_here("fixed")
-    with pytest.raises(ValueError, match="fused='fast' is not known"):
-        Decoder(model, 1, fused="fast")
     with pytest.raises(ValueError, match="take the place of compiled layers"):
         Decoder(model, 1, fused=True, compile=True)
     with pytest.raises(NotImplementedError, match=r"float64: the kernels know .*; use fused=False"):
         Decoder(model.double(), 1, fused=True)
-    with pytest.raises(NotImplementedError, match="multiprocessor for each of its programs: a batch of 500"):
-        Decoder(model.float(), 500, fused="persistent")
 
 
 def test_patterns_without_runs_are_left_to_the_plain_path(monkeypatch):
@@ -164,11 +156,10 @@ def test_patterns_without_runs_are_left_to_the_plain_path(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter captures nothing")
 @pytest.mark.parametrize("name", ["strided", "strided merged", "fixed", "full"])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_captured_fused_step_draws_the_bytes_of_plain_launches_run_after_run(name, way):
+def test_a_captured_fused_step_draws_the_bytes_of_plain_launches_run_after_run(name):
     model, prompts = model_here(name, layers=6), torch.zeros(1, 0, dtype=torch.uint8)
     runs = []
     for graph in (False, True, True):
-        (samples,) = Sampler(model, 36, 4, seed=3, dtype=LOW, fused=way, graph=graph).draw(prompts, 4)
+        (samples,) = Sampler(model, 36, 4, seed=3, dtype=LOW, fused=True, graph=graph).draw(prompts, 4)
         runs.append(samples)
     assert all(torch.equal(runs[0].tokens, r.tokens) and torch.equal(runs[0].nats, r.nats) for r in runs[1:])

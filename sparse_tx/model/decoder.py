@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from sparse_tx.attention import Pattern, packed_attention
 from sparse_tx.attention.cache import cached_rows
 from sparse_tx.attention.decode import SlicedReads, StaticReads, Step, Store
 from sparse_tx.model.block import ResidualBlock
-from sparse_tx.model.decode_kernels import WAYS, unsupported
+from sparse_tx.model.decode_kernels import unsupported
 from sparse_tx.model.spec import ModelSpec
 from sparse_tx.model.transformer import Transformer
 
@@ -51,22 +51,6 @@ class LayerWeights:
             pair(block.ff.expand),
             pair(block.ff.contract),
         )
-
-    @classmethod
-    def stacked(cls, blocks: Iterable[nn.Module], dtype: torch.dtype) -> LayerWeights:
-        """Of all layers, with an axis more in front: kernels find a layer by its number."""
-        each = [cls.of(block, dtype) for block in blocks]  # type: ignore[arg-type]
-        names = [f.name for f in fields(cls)]
-        return cls(*(_stacked([getattr(w, name) for w in each]) for name in names))
-
-    def at(self, layer: int) -> LayerWeights:
-        """Those of one layer, as views of stacked ones."""
-        return LayerWeights(*((w[layer], b[layer]) for w, b in (getattr(self, f.name) for f in fields(self))))
-
-
-def _stacked(pairs: list[Pair]) -> Pair:
-    weights, biases = zip(*pairs, strict=True)
-    return torch.stack(weights), torch.stack(biases)
 
 
 def layer(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
@@ -114,10 +98,9 @@ class Decoder:
 
     dtype: of the products and of the cache; None for the model's own. static: fixed shapes and positions as tensors
     alone, for CUDA graphs; False reads exactly the live slots; None takes what suits the device. compile: let
-    torch.compile fuse the layers of a step, for static ones. fused: take the step from Triton kernels, static too:
-    True, or one of their ways by name ("layers", launches for each layer; "persistent", one launch for all, of small
-    batches alone); None does so on a GPU where they can run and nothing else is named. Raises NotImplementedError with
-    the reason if kernels that are named cannot run.
+    torch.compile fuse the layers of a step, for static ones. fused: take the step from Triton kernels, static too;
+    None does so on a GPU where they can run and nothing else is named. Raises NotImplementedError with the reason if
+    fused is True and they cannot run.
     """
 
     def __init__(
@@ -129,7 +112,7 @@ class Decoder:
         dtype: torch.dtype | None = None,
         static: bool | None = None,
         compile: bool = False,
-        fused: bool | str | None = None,
+        fused: bool | None = None,
     ) -> None:
         spec = model.spec
         length = spec.context if length is None else length
@@ -144,24 +127,18 @@ class Decoder:
         self.patterns = spec.patterns()
         widths = spec.qk // spec.heads, spec.width // spec.heads
         self.stores = [Store(p, length, batch, *widths, self.dtype, self.device) for p in self.patterns]
+        self.weights = [LayerWeights.of(block, self.dtype) for block in model.blocks]  # type: ignore[arg-type]
         self._norm = model.norm.weight.detach(), model.norm.bias.detach()
         self.kernels: FusedSteps | None = None
         if fused:
             from sparse_tx.model.decode_kernels.steps import FusedSteps
 
-            stacked = LayerWeights.stacked(model.blocks, self.dtype)
-            self.weights = [stacked.at(layer) for layer in range(spec.layers)]
-            way = fused if isinstance(fused, str) else None
-            self.kernels = FusedSteps(model, stacked, self.output, self.stores, length, batch, way)
-        else:
-            self.weights = [LayerWeights.of(block, self.dtype) for block in model.blocks]  # type: ignore[arg-type]
+            self.kernels = FusedSteps(model, self.weights, self.output, self.stores, length, batch)
         self._sliced = SlicedReads(length)
         # Layers alike share the code: it is compiled once for each way of keeping keys.
         self._layer = torch.compile(layer_step, dynamic=False, fullgraph=True) if compile else layer_step
 
-    def _choose_fused(self, fused: bool | str | None, static: bool | None, compile: bool) -> bool | str:
-        if isinstance(fused, str) and fused not in WAYS:
-            raise ValueError(f"fused={fused!r} is not known: use True, False, None, or one of {', '.join(WAYS)}")
+    def _choose_fused(self, fused: bool | None, static: bool | None, compile: bool) -> bool:
         if fused and (compile or static is False):
             raise ValueError("fused kernels take the place of compiled layers and of steps that are not static")
         self.reason = "compiled layers" if compile else "plain torch"
@@ -169,7 +146,7 @@ class Decoder:
             return False
         reason = unsupported(self.spec, self.length, self.dtype, self.device)
         if reason is None:
-            return fused or True
+            return True
         if fused:
             raise NotImplementedError(f"{reason}; use fused=False")
         self.reason += f", no fused kernels: {reason}"
@@ -178,9 +155,7 @@ class Decoder:
     @property
     def how(self) -> str:
         """What a step runs, in words."""
-        if self.kernels is None:
-            return self.reason
-        return "one fused kernel for all layers" if self.kernels.persistent else "fused kernels for each layer"
+        return self.reason if self.kernels is None else "fused kernels"
 
     @property
     def bytes(self) -> int:

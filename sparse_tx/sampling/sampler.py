@@ -51,7 +51,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         graph: bool | None = None,
         compile: bool = False,
-        fused: bool | str | None = None,
+        fused: bool | None = None,
     ) -> None:
         self.length, self.seed = length, seed
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p

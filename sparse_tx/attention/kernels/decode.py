@@ -3,7 +3,7 @@
 What a head reads comes from two tables: READS, a row for each position (`attention/ranges.py`), and PLACES, int64, for
 each layer, head and part the addresses of its keys and of its values (of the first row of the batch), the slots from
 one row of the batch to the next, and those of the strip. So one launch serves heads that keep their keys in different
-tensors, and one kernel all layers. Scores and softmax are in float32, in base 2.
+tensors. Scores and softmax are in float32, in base 2.
 """
 
 import triton
@@ -48,16 +48,15 @@ def part_numbers(reads, places, like, b, part: tl.constexpr, W: tl.constexpr, BW
 
 
 @triton.jit
-def ring_rows(base, start, first, ring, at, end, W: tl.constexpr, BW: tl.constexpr, from_column, columns: tl.constexpr):
-    """Rows `at` of a run, zero from `end` on; of their W numbers the BW from `from_column` on, `columns` of which are
-    wanted."""
+def ring_rows(base, start, first, ring, at, end, W: tl.constexpr, BW: tl.constexpr):
+    """Rows `at` of a run, W numbers each, zero from `end` and W on."""
     slot = first + at
     slot = start + tl.where(slot >= ring, slot - ring, slot)
     d = tl.arange(0, BW)
-    ptr = base + slot.to(tl.int64)[:, None] * W + (from_column + d)[None, :]
+    ptr = base + slot.to(tl.int64)[:, None] * W + d[None, :]
     mask = (at < end)[:, None]
-    if columns != BW:
-        mask = mask & (d < columns)[None, :]
+    if W != BW:
+        mask = mask & (d < W)[None, :]
     return tl.load(ptr, mask=mask, other=0.0)
 
 
@@ -117,8 +116,8 @@ def attend_step(
         end = (count.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
         for from_ in tl.range(begin, end, BN, num_stages=1):
             at = from_ + tl.arange(0, BN)
-            k = ring_rows(k_at, start, first, ring, at, end, DQ, BDQ, 0, DQ)
-            v = ring_rows(v_at, start, first, ring, at, end, DV, BDV, 0, DV)
+            k = ring_rows(k_at, start, first, ring, at, end, DQ, BDQ)
+            v = ring_rows(v_at, start, first, ring, at, end, DV, BDV)
             top, total, acc = absorb(top, total, acc, q, k, v, at < end)
     if SPLITS == 1:
         out = acc / tl.where(total > 0, total, 1.0)

@@ -10,8 +10,6 @@ from sparse_tx.attention.kernels import _DTYPES, no_kernels
 from sparse_tx.attention.ranges import one_run
 from sparse_tx.model.spec import ModelSpec
 
-WAYS = ("layers", "persistent")
-
 
 def unsupported(spec: ModelSpec, length: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernels cannot decode this model there; None if they can. Looks at the patterns on the device once."""

@@ -7,8 +7,6 @@ from typing import NamedTuple
 VECTOR_ROWS = 4  # rows up to which plain sums beat tensor cores that work on 16 rows at least
 _TILES = ((128, 64), (64, 64), (32, 64), (16, 64), (16, 32))  # rows, outputs
 _WHOLE = 512  # inputs that are normalised as a whole, in registers, at most
-_WEIGHTS = 128 << 10  # bytes of weights that a program of the persistent kernel keeps in registers, at most
-_SLOTS = 512  # that a head of it reads, at most: no other program helps
 
 
 class Gpu(NamedTuple):
@@ -26,15 +24,6 @@ class Tile(NamedTuple):
     inputs: int
     warps: int
     stages: int
-
-
-class Stack(NamedTuple):
-    """The persistent kernel: shares of a head's values, shares of the hidden units, keys read at once."""
-
-    shares: int
-    units: int
-    keys: int
-    warps: int
 
 
 def power_of_two(n: int) -> int:
@@ -72,21 +61,3 @@ def splits(programs: int, slots: int, gpu: Gpu) -> int:
     while n < 16 and programs * n * 2 <= 2 * gpu.processors and slots >= 256 * n:
         n *= 2
     return n
-
-
-def stack(Dv: int, ff: int, slots: int) -> Stack:
-    """slots: that a head reads of one part at most."""
-    shares = max(n for n in range(1, max(1, Dv // 32) + 1) if Dv % n == 0)
-    units = max(n for n in range(1, max(1, min(32, ff // 32)) + 1) if ff % n == 0)
-    return Stack(shares, units, min(128, power_of_two(max(16, slots))), 8)
-
-
-def persistent_fits(chosen: Stack, rows: int, heads: int, gpu: Gpu) -> bool:
-    """Whether all programs are on the GPU at once, one a multiprocessor."""
-    return rows * heads * chosen.shares + chosen.units <= gpu.processors
-
-
-def takes_persistent(chosen: Stack, width: int, Dqk: int, Dv: int, slots: int, itemsize: int) -> bool:
-    """Whether it is likely to win where it fits: weights and keys of a program are few enough to be there in time."""
-    weights = (2 * Dqk + 2 * Dv // chosen.shares) * width * itemsize
-    return weights <= _WEIGHTS and slots <= _SLOTS

@@ -1,4 +1,4 @@
-"""A decoding step as launches of the fused kernels: a few for each layer, or one for all of them."""
+"""A decoding step as launches of the fused kernels: five for each layer, six where programs share a head's keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from sparse_tx.model.decode_kernels import configs
 from sparse_tx.model.decode_kernels.configs import power_of_two
 from sparse_tx.model.decode_kernels.ends import draw_step, embed_step
 from sparse_tx.model.decode_kernels.linear import linear_step, vector_step
-from sparse_tx.model.decode_kernels.stack import stack_step
 from sparse_tx.model.spec import VOCABULARY
 from sparse_tx.model.transformer import Transformer
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from sparse_tx.model.decoder import LayerWeights, Pair
 
 EPS = 1e-5  # of every LayerNorm
-ATTENTION, FEED_FORWARD, LOGITS = 1, 2, 4  # phases of `stack_step`
 _H100 = configs.Gpu(132, 232448)  # where there is no GPU to ask
 
 
@@ -49,7 +47,7 @@ def places(stores: Sequence[Store], heads: int, parts: int, device: torch.device
 
 
 class FusedSteps:
-    """Steps of a decoder's model over its stores. `way`: "layers" or "persistent"; None takes what suits the batch.
+    """Steps of a decoder's model over its stores.
 
     dependent: let a kernel begin while the one before ends (compute capability 9.0 and newer).
     """
@@ -57,39 +55,27 @@ class FusedSteps:
     def __init__(
         self,
         model: Transformer,
-        weights: LayerWeights,
+        weights: Sequence[LayerWeights],
         output: Tensor,
         stores: Sequence[Store],
         length: int,
         batch: int,
-        way: str | None = None,
         dependent: bool = True,
     ) -> None:
-        """weights: of all layers, stacked. output: (V, C) in the dtype of the products."""
+        """weights: of each layer. output: (V, C) in the dtype of the products."""
         spec, device, dtype = model.spec, output.device, output.dtype
-        self.spec, self.w, self.output, self.batch = spec, weights, output, batch
+        self.spec, self.weights, self.output, self.batch = spec, weights, output, batch
         self.norm = model.norm.weight.detach(), model.norm.bias.detach()
         self.embedding = model.embedding
         self.Dqk, self.Dv = spec.qk // spec.heads, spec.width // spec.heads
         self.reads = ReadTable(spec.patterns(), length, device)
         self.places = places(stores, spec.heads, self.reads.parts, device)
         self._stores = stores  # whose tensors the places name
-        self.slots = [sum(l.strip for l in store.kept[0].group.layouts) for store in stores]
-        widest = max(l.strip for store in stores for kept in store.kept for l in kept.group.layouts)
+        slots = [sum(l.strip for l in store.kept[0].group.layouts) for store in stores]
         gpu = device.type == "cuda"
         self.gpu = _gpu(device) if gpu else _H100
         # The kernel after the wait reads what the one before wrote: Hopper's launches alone can overlap them.
         self.dependent = dependent and gpu and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.stack = configs.stack(self.Dv, spec.ff, widest)
-        fits = configs.persistent_fits(self.stack, batch, spec.heads, self.gpu)
-        if way == "persistent" and not fits:
-            raise NotImplementedError(
-                f"the persistent kernel needs a multiprocessor for each of its programs: a batch of {batch} has more "
-                f"than {self.gpu.processors} of them; use fused='layers'"
-            )
-        wins = configs.takes_persistent(self.stack, spec.width, self.Dqk, self.Dv, max(self.slots), dtype.itemsize)
-        self.suits_persistent = fits and wins
-        self.persistent = way == "persistent" or (way is None and self.suits_persistent)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -97,17 +83,10 @@ class FusedSteps:
         C, projected = spec.width, 2 * spec.qk + spec.width
         self.x, self.logits = empty(batch, C), empty(batch, VOCABULARY)
         self.no_table = torch.zeros(1, C, device=device)
-        if self.persistent:
-            programs = spec.heads * self.stack.shares
-            self.mid = empty(batch, C)
-            self.from_heads, self.from_units = empty(batch, programs, C), empty(self.stack.units, batch, C)
-            self.count = torch.zeros(2, dtype=torch.int32, device=device)
-            self.kind = torch.tensor(self.reads.kind, dtype=torch.int32, device=device)
-        else:
-            self.qkv, self.out = empty(batch, projected, dtype=dtype), empty(batch, C, dtype=dtype)
-            self.hidden = empty(batch, spec.ff, dtype=dtype)
-            self.splits = [configs.splits(batch * spec.heads, slots, self.gpu) for slots in self.slots]
-            self.partial = empty(batch * spec.heads, max(self.splits), 2 + power_of_two(self.Dv))
+        self.qkv, self.out = empty(batch, projected, dtype=dtype), empty(batch, C, dtype=dtype)
+        self.hidden = empty(batch, spec.ff, dtype=dtype)
+        self.splits = [configs.splits(batch * spec.heads, n, self.gpu) for n in slots]
+        self.partial = empty(batch * spec.heads, max(self.splits), 2 + power_of_two(self.Dv))
 
     def prepare(self, position: int) -> None:
         """Before a step, and before it is captured: have the numbers of its position at hand."""
@@ -116,12 +95,9 @@ class FusedSteps:
     def __call__(self, previous: Tensor, position: Tensor) -> Tensor:
         """previous: (B,), position: (1,) int64. Returns logits (B, V) float32, which the next step writes over."""
         self._embed(previous, position)
-        if self.persistent:
-            self._all_layers(position)
-        else:
-            for layer in range(self.spec.layers):
-                self._layer(layer, position)
-            self._linear(self.x, (self.output, None), self.logits, norm=self.norm)
+        for layer in range(self.spec.layers):
+            self._layer(layer, position)
+        self._linear(self.x, (self.output, None), self.logits, norm=self.norm)
         return self.logits
 
     def draw(
@@ -147,12 +123,12 @@ class FusedSteps:
         )  # fmt: skip
 
     def _layer(self, layer: int, position: Tensor) -> None:
-        w = self.w
-        self._linear(self.x, at(w.qkv, layer), self.qkv, norm=at(w.attention_norm, layer))
+        w = self.weights[layer]
+        self._linear(self.x, w.qkv, self.qkv, norm=w.attention_norm)
         self._attend(layer, position)
-        self._linear(self.out, at(w.out, layer), self.x, add=True)
-        self._linear(self.x, at(w.expand, layer), self.hidden, norm=at(w.ff_norm, layer), activate=True)
-        self._linear(self.hidden, at(w.contract, layer), self.x, add=True)
+        self._linear(self.out, w.out, self.x, add=True)
+        self._linear(self.x, w.expand, self.hidden, norm=w.ff_norm, activate=True)
+        self._linear(self.hidden, w.contract, self.x, add=True)
 
     def _attend(self, layer: int, position: Tensor) -> None:
         H, BDV, splits = self.spec.heads, power_of_two(self.Dv), self.splits[layer]
@@ -196,35 +172,3 @@ class FusedSteps:
         linear_step[(triton.cdiv(N, t.outputs), triton.cdiv(rows, t.rows))](
             *numbers, K=K, BM=t.rows, BN=t.outputs, BK=t.inputs, STAGES=t.stages, **flags, **self._options(t.warps)
         )
-
-    def _all_layers(self, position: Tensor) -> None:
-        L = self.spec.layers
-        if position.is_cuda:
-            self.count.zero_()
-            self._launch_stack(position, 0, L, ATTENTION | FEED_FORWARD | LOGITS, wait=True)
-            return
-        for layer in range(L):
-            self._launch_stack(position, layer, layer + 1, ATTENTION, wait=False)
-            self._launch_stack(position, layer, layer + 1, FEED_FORWARD, wait=False)
-        self._launch_stack(position, L, L, LOGITS, wait=False)
-
-    def _launch_stack(self, position: Tensor, first: int, last: int, phases: int, wait: bool) -> None:
-        s, w, spec = self.stack, self.w, self.spec
-        H, C, F = spec.heads, spec.width, spec.ff
-        programs = H * s.shares
-        stack_step[(self.batch * programs + s.units,)](
-            self.x, self.mid, self.from_heads, self.from_units, self.count, self.logits,
-            *w.qkv, *w.out, *w.expand, *w.contract, *w.attention_norm, *w.ff_norm, *self.norm, self.output,
-            self.reads.table, self.places, self.kind, position, self.reads.positions, self.batch,
-            first, last, spec.layers, phases, self.Dqk**-0.5, EPS,
-            H=H, DQ=self.Dqk, DV=self.Dv, BDQ=power_of_two(self.Dqk), SHARES=s.shares,
-            BDV=power_of_two(self.Dv // s.shares), C=C, BC=power_of_two(C), F=F, NF=s.units,
-            BF=power_of_two(F // s.units), V=VOCABULARY, BV=power_of_two(triton.cdiv(VOCABULARY, programs)),
-            BP=power_of_two(programs), BPF=power_of_two(s.units), BN=s.keys, PARTS=self.reads.parts, WAIT=wait,
-            num_warps=s.warps, **({"launch_cooperative_grid": True} if wait else {}),
-        )  # fmt: skip
-
-
-def at(pair: Pair, layer: int) -> Pair:
-    """Of stacked weights and biases, those of one layer."""
-    return pair[0][layer], pair[1][layer]
