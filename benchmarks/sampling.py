@@ -5,11 +5,11 @@
     python benchmarks/sampling.py --tiny                              # in seconds on a CPU: that it runs, no numbers
 
 Ours is what `sample.py` runs: the cache of the patterns, a step as one CUDA graph. Its arms: "fused", our Triton
-kernels, which sampling takes by itself; "plain", torch alone; "compiled", torch.compile fuses each layer of that. The
-rival is what a careful user writes: the same weights with dense attention over a static cache of all positions, each
-layer compiled, the whole step one CUDA graph, sampling on the device. All draw in bf16 and never wait for the device.
-Steps are timed at positions spread over the context. Before anything is timed, ours is compared with the forward pass,
-the rival with a dense one. Floor: weights, and the keys that the patterns read, once a step.
+kernels, which sampling takes by itself; "plain", torch alone. The rival is what a careful user writes: the same weights
+with dense attention over a static cache of all positions, each layer compiled, the whole step one CUDA graph, sampling
+on the device. All draw in bf16 and never wait for the device. Steps are timed at positions spread over the context.
+Before anything is timed, ours is compared with the forward pass, the rival with a dense one. Floor: weights, and the
+keys that the patterns read, once a step.
 """
 
 from __future__ import annotations
@@ -45,12 +45,7 @@ WORKLOADS = {
     "audio 65k": ("experiment=audio_65k",),
 }
 TINY = ("debug=fast", "model.layers=4")
-ARMS = ("rival", "plain", "compiled", "fused")
-WAYS = {  # fused, compile
-    "plain": (False, False),
-    "compiled": (False, True),
-    "fused": (True, False),
-}
+ARMS = ("rival", "plain", "fused")
 Step = Callable[[int, int], None]  # draws positions start to end - 1
 
 
@@ -133,8 +128,7 @@ def _dense_layer(
 def make_arm(arm: str, model: Transformer, batch: int, dtype: torch.dtype, overlap: bool) -> Step:
     if arm == "rival":
         return Dense(model, batch, dtype, compile=model.output.weight.is_cuda).advance
-    fused, compile = WAYS[arm]
-    sampler = Sampler(model, model.spec.context, batch, dtype=dtype, compile=compile, fused=fused)
+    sampler = Sampler(model, model.spec.context, batch, dtype=dtype, fused=arm == "fused")
     kernels = sampler.decoder.kernels
     if kernels is not None:
         kernels.dependent &= overlap
@@ -184,8 +178,7 @@ def verify(model: Transformer, dtype: torch.dtype, arms: list[str], most: int) -
         if arm == "rival":
             plain = Dense(dense, 2, dtype, compile=False)
         else:
-            fused, compile = WAYS[arm]
-            decoder = Decoder(small, 2, dtype=dtype, compile=compile, fused=fused)
+            decoder = Decoder(small, 2, dtype=dtype, fused=arm == "fused")
         logits = []
         for i in range(tokens.shape[1]):
             previous, at = tokens[:, max(i - 1, 0)], torch.tensor([i], device=device)

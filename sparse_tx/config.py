@@ -261,7 +261,6 @@ class SampleConfig:
     weights: str = "ema"
     device: str = "auto"
     precision: str = "auto"
-    compile: bool = False
     output: str | None = None
     debug: str | None = None
 

@@ -141,8 +141,8 @@ def test_fused_samples_are_the_plain_ones(monkeypatch, settings):
 
 def test_what_the_kernels_cannot_do_is_said():
     model = model_here("fixed")
-    with pytest.raises(ValueError, match="take the place of compiled layers"):
-        Decoder(model, 1, fused=True, compile=True)
+    with pytest.raises(ValueError, match="fused kernels is static"):
+        Decoder(model, 1, fused=True, static=False)
     with pytest.raises(NotImplementedError, match=r"float64: the kernels know .*; use fused=False"):
         Decoder(model.double(), 1, fused=True)
 

@@ -285,7 +285,6 @@ def test_audio_is_written_as_wav_at_12_khz(trained, sample):
         (["prompt=texts"], "have 5 to 6 bytes.*set prompt_length=5"),
         (["prompt=none"], "prompt=none is a folder without files"),
         (["batch_size=0"], "batch_size=0: give a number of at least 1, or auto"),
-        (["compile=true"], "compile=true needs a GPU"),
         (["precision=8"], "precision=8 is not known"),
         (["precision=16"], "precision=16-mixed needs a GPU"),
         (["device=cuda:x"], "device=cuda:x is not known"),

@@ -181,7 +181,7 @@ def _attend(kept: _Kept, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: flo
         _write(keys, k, read.slot)
         _write(vals, v, read.slot)
         if read.keys:
-            part = _scores(q, _wide(_strip(keys, read.strip)))  # (B, Hg, 1, keys)
+            part = q @ _wide(_strip(keys, read.strip)).mT  # (B, Hg, 1, keys)
             scores.append(part if read.bias is None else part + read.bias)
             values.append(_wide(_strip(vals, read.strip)))
     if not scores:
@@ -190,22 +190,10 @@ def _attend(kept: _Kept, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: flo
     if step.blind is not None:
         weights = weights.masked_fill(step.blind, 0.0)
     shares = weights.split([s.shape[-1] for s in scores], -1)
-    out = _mix(shares[0], values[0])
+    out = shares[0] @ values[0]
     for share, value in zip(shares[1:], values[1:], strict=True):
-        out = out + _mix(share, value)
+        out = out + share @ value
     return out[:, :, 0].to(v.dtype)
-
-
-def _scores(q: Tensor, keys: Tensor) -> Tensor:
-    """q: (B, Hg, 1, D), keys: (B, Hg, n, D) -> (B, Hg, 1, n)."""
-    # One query has no use for a matrix product: written as sums, a compiler joins them with the strip's gather, its
-    # cast and the mask, and reads the cache once.
-    return (q * keys).sum(-1)[:, :, None] if torch.compiler.is_compiling() else q @ keys.mT
-
-
-def _mix(weights: Tensor, values: Tensor) -> Tensor:
-    """weights: (B, Hg, 1, n), values: (B, Hg, n, D) -> (B, Hg, 1, D)."""
-    return (weights.mT * values).sum(-2, keepdim=True) if torch.compiler.is_compiling() else weights @ values
 
 
 def _bias(seen: Tensor) -> Tensor:

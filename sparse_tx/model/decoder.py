@@ -64,19 +64,6 @@ def layer(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -> Ten
     return h + linear(x * torch.sigmoid(1.702 * x), *w.contract)
 
 
-def layer_step(h: Tensor, w: LayerWeights, store: Store, steps: list[Step], heads: int, qk: int) -> Tensor:
-    """One layer of one position: all that happens between two residual streams h (B, C), in tensors alone.
-
-    The seam for faster ways: a compiler takes this function, and a kernel that fuses a layer takes its place.
-    """
-
-    def attend(qkv: Tensor) -> Tensor:
-        q, k, v = split_heads(qkv, heads, qk)
-        return store.attend(q, k, v, steps).flatten(-2)
-
-    return layer(h, w, attend)
-
-
 def split_heads(qkv: Tensor, heads: int, qk: int) -> list[Tensor]:
     """(..., 2 qk + C) -> q, k (..., H, Dqk), v (..., H, Dv)."""
     return [t.unflatten(-1, (heads, -1)) for t in qkv.split((qk, qk, qkv.shape[-1] - 2 * qk), -1)]
@@ -97,10 +84,9 @@ class Decoder:
     """Logits of `batch` sequences, one position after the other.
 
     dtype: of the products and of the cache; None for the model's own. static: fixed shapes and positions as tensors
-    alone, for CUDA graphs; False reads exactly the live slots; None takes what suits the device. compile: let
-    torch.compile fuse the layers of a step, for static ones. fused: take the step from Triton kernels, static too;
-    None does so on a GPU where they can run and nothing else is named. Raises NotImplementedError with the reason if
-    fused is True and they cannot run.
+    alone, for CUDA graphs; False reads exactly the live slots; None takes what suits the device. fused: take the
+    step from Triton kernels, static too; None does so on a GPU where they can run, unless `static` is named. Raises
+    NotImplementedError with the reason if fused is True and they cannot run.
     """
 
     def __init__(
@@ -111,7 +97,6 @@ class Decoder:
         *,
         dtype: torch.dtype | None = None,
         static: bool | None = None,
-        compile: bool = False,
         fused: bool | None = None,
     ) -> None:
         spec = model.spec
@@ -122,7 +107,7 @@ class Decoder:
         self.device = model.output.weight.device
         self.dtype = dtype or model.output.weight.dtype
         self.static = self.device.type != "cpu" if static is None else static
-        fused = self._choose_fused(fused, static, compile)
+        fused = self._choose_fused(fused, static)
         self.output = model.output.weight.detach().to(self.dtype)
         self.patterns = spec.patterns()
         widths = spec.qk // spec.heads, spec.width // spec.heads
@@ -135,14 +120,12 @@ class Decoder:
 
             self.kernels = FusedSteps(model, self.weights, self.output, self.stores, length, batch)
         self._sliced = SlicedReads(length)
-        # Layers alike share the code: it is compiled once for each way of keeping keys.
-        self._layer = torch.compile(layer_step, dynamic=False, fullgraph=True) if compile else layer_step
 
-    def _choose_fused(self, fused: bool | None, static: bool | None, compile: bool) -> bool:
-        if fused and (compile or static is False):
-            raise ValueError("fused kernels take the place of compiled layers and of steps that are not static")
-        self.reason = "compiled layers" if compile else "plain torch"
-        if fused is False or (fused is None and (compile or static is not None or self.device.type != "cuda")):
+    def _choose_fused(self, fused: bool | None, static: bool | None) -> bool:
+        if fused and static is False:
+            raise ValueError("a step of fused kernels is static: static=False needs fused=False")
+        self.reason = "plain torch"
+        if fused is False or (fused is None and (static is not None or self.device.type != "cuda")):
             return False
         reason = unsupported(self.spec, self.length, self.dtype, self.device)
         if reason is None:
@@ -212,8 +195,12 @@ class Decoder:
             reads = self._sliced
         h = self.model.embedding.at(previous, position)  # (B, C)
         for w, store in zip(self.weights, self.stores, strict=True):
-            h = self._layer(h, w, store, store.steps(reads), self.spec.heads, self.spec.qk)
+            h = layer(h, w, partial(self._attend, store, store.steps(reads)))
         return self._logits(h)
+
+    def _attend(self, store: Store, steps: list[Step], qkv: Tensor) -> Tensor:
+        q, k, v = split_heads(qkv, self.spec.heads, self.spec.qk)
+        return store.attend(q, k, v, steps).flatten(-2)
 
     def _fill(self, store: Store, patterns: tuple[Pattern, ...], rows: Tensor, prompts: Tensor, qkv: Tensor) -> Tensor:
         _, k, v = split_heads(qkv, self.spec.heads, self.spec.qk)

@@ -39,8 +39,6 @@ def sample(config: SampleConfig) -> list[Path]:
     checkpoint = read_checkpoint(config.checkpoint)
     spec, kind = checkpoint.spec, checkpoint.spec.kind
     device = choose_device(config.device)
-    if config.compile and device.type == "cpu":
-        raise UserError("compile=true needs a GPU: leave it out, or use device=cuda")
     form = config.format or FORMATS[kind][0]
     if form not in FORMATS[kind]:
         raise UserError(f"format={form} does not fit samples of kind {kind}: use {' or '.join(FORMATS[kind])}")
@@ -84,7 +82,6 @@ def sample(config: SampleConfig) -> list[Path]:
             top_p=config.top_p,
             seed=config.seed,
             dtype=_DTYPES[precision],
-            compile=config.compile,
         )
         settings["decoding"] = sampler.decoder.how
         with Progress("drawing", count * (length - given), "bytes") as progress:

@@ -34,8 +34,8 @@ class Sampler:
     for bit, on a GPU at one batch size.
 
     temperature 0 takes the likeliest byte. dtype: of the products and the cache; None for the model's own. graph:
-    capture a step in a CUDA graph; None does so on a GPU. compile: let torch.compile fuse each layer of it. fused: take
-    it from Triton kernels, as `Decoder` does; None where they can run.
+    capture a step in a CUDA graph; None does so on a GPU. fused: take it from Triton kernels, as `Decoder`
+    does; None where they can run.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class Sampler:
         seed: int = 1,
         dtype: torch.dtype | None = None,
         graph: bool | None = None,
-        compile: bool = False,
         fused: bool | None = None,
     ) -> None:
         self.length, self.seed = length, seed
@@ -58,7 +57,7 @@ class Sampler:
         self.device = device = model.output.weight.device
         self.batch = CPU_ROWS if device.type == "cpu" else batch
         self.graphed = device.type == "cuda" if graph is None else graph
-        self.decoder = Decoder(model, self.batch, length, dtype=dtype, compile=compile, fused=fused)
+        self.decoder = Decoder(model, self.batch, length, dtype=dtype, fused=fused)
         # All that a step changes lies in these and in the cache: a captured step finds it where it was.
         self._tokens = torch.zeros(self.batch, length, dtype=torch.uint8, device=device)
         self._nats = torch.zeros(self.batch, length, device=device)
