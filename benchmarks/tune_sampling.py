@@ -25,6 +25,8 @@ Change = dict[str, Callable[..., Any]]  # functions of `configs` by name
 
 def changes(rows: int) -> Iterator[tuple[str, Change]]:
     yield "the rules", {}
+    for overlap in (True, False):
+        yield f"overlap: {overlap}", {"overlaps": lambda *_, c=overlap: c}
     for keys, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8)):
         yield f"attend: {keys} keys, {warps} warps", {"attend": lambda _, c=(keys, warps): c}
     if rows <= configs.VECTOR_ROWS:
@@ -32,12 +34,12 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
             chosen = lambda K, n=numbers, w=warps: (max(1, n // configs.power_of_two(K)), w)  # noqa: E731
             yield f"vector: {numbers} weights, {warps} warps", {"vector": chosen}
         return
-    for tile in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 128), (16, 64), (16, 32), (16, 16)):
-        chosen = lambda *a, t=tile: _tile(*a, t)  # noqa: E731
-        yield f"linear: {tile[0]} rows, {tile[1]} outputs", {"tile": chosen}
-    for stages, warps in itertools.product((2, 3, 4), (4, 8)):
-        chosen = lambda *a, s=stages, w=warps: _rule(*a)._replace(stages=s, warps=w)  # noqa: E731
-        yield f"linear: {stages} stages, {warps} warps", {"tile": chosen}
+    for m, n, warps in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8)):
+        chosen = lambda *a, t=(m, n), w=warps: _tile(*a, t)._replace(warps=w)  # noqa: E731
+        yield f"linear: {m} rows, {n} outputs, {warps} warps", {"tile": chosen}
+    for stages in (2, 3, 4):
+        chosen = lambda *a, s=stages: _rule(*a)._replace(stages=s)  # noqa: E731
+        yield f"linear: {stages} stages", {"tile": chosen}
 
 
 _rule = configs.tile

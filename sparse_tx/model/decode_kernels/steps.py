@@ -49,7 +49,7 @@ def places(stores: Sequence[Store], heads: int, parts: int, device: torch.device
 class FusedSteps:
     """Steps of a decoder's model over its stores.
 
-    dependent: let a kernel begin while the one before ends (compute capability 9.0 and newer).
+    dependent: let a kernel begin while the one before ends (compute capability 9.0 and newer); None where that wins.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class FusedSteps:
         stores: Sequence[Store],
         length: int,
         batch: int,
-        dependent: bool = True,
+        dependent: bool | None = None,
     ) -> None:
         """weights: of each layer. output: (V, C) in the dtype of the products."""
         spec, device, dtype = model.spec, output.device, output.dtype
@@ -75,6 +75,8 @@ class FusedSteps:
         gpu = device.type == "cuda"
         self.gpu = _gpu(device) if gpu else _H100
         # The kernel after the wait reads what the one before wrote: Hopper's launches alone can overlap them.
+        if dependent is None:
+            dependent = configs.overlaps(batch * spec.heads, self.gpu)
         self.dependent = dependent and gpu and torch.cuda.get_device_capability(device) >= (9, 0)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
