@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import triton
+from masks import mask_of, summary_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -142,35 +143,8 @@ def dense(backend: SDPBackend) -> Callable[[Workload], Attention]:
     return make
 
 
-def _mask(work: Workload):
-    """The pattern's own definition, by head where heads differ, as FlexAttention takes it; the heads it tells apart."""
-    first = work.patterns[0]
-    if len(set(work.patterns)) == 1:
-        parts = first.parts
-
-        def mask(b, h, i, j):
-            seen = parts[0].allows(i, j)
-            for part in parts[1:]:
-                seen = seen | part.allows(i, j)
-            return seen
-
-        return mask, None
-    l, c = _summary_of(work)  # Block(l) | Summary(l, c, h % slots)
-
-    def mask_by_head(b, h, i, j):
-        low = l - (h % (l // c) + 1) * c
-        return (j <= i) & ((i // l == j // l) | ((j % l >= low) & (j % l < low + c)))
-
-    return mask_by_head, work.H
-
-
-def _summary_of(work: Workload) -> tuple[int, int]:
-    summary = next(p for p in work.patterns[0].parts if isinstance(p, Summary))
-    return summary.stride, summary.c
-
-
 def flex(work: Workload, block: int | tuple[int, int] = 128, mode: str | None = None) -> Attention:
-    mask, heads = _mask(work)
+    mask, heads = mask_of(work.patterns)
     blocks = create_block_mask(mask, None, heads, work.S, work.S, device="cuda", BLOCK_SIZE=block, _compile=True)
     compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
 
@@ -273,7 +247,7 @@ def expert(work: Workload) -> Attention:
             return _FlashParts.apply(q, k, v, work)
 
         return attend
-    l, c = _summary_of(work)
+    l, c = summary_of(work.patterns)
     blocks = work.S // l
     local = create_block_mask(lambda b, h, i, j: (j <= i) & (i // l == j // l), None, None, work.S, work.S, "cuda")
     before = create_block_mask(lambda b, h, i, j: j // c < i // l, None, None, work.S, blocks * c, "cuda")

@@ -37,13 +37,12 @@ from pathlib import Path
 
 import hydra
 import torch
+from masks import mask_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from sparse_tx.attention import Block, Summary
-from sparse_tx.attention.patterns import Pattern
 from sparse_tx.config import OptimizerConfig, config_folder, training
 from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.model.cost import cost_of
@@ -143,32 +142,6 @@ class Rival(nn.Module):
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def mask_of(heads: tuple[Pattern, ...]):
-    """The patterns of a layer as FlexAttention takes them, and the heads that it tells apart."""
-    if len(set(heads)) == 1:
-        parts = heads[0].parts
-
-        def mask(b, h, i, j):
-            seen = parts[0].allows(i, j)
-            for part in parts[1:]:
-                seen = seen | part.allows(i, j)
-            return seen
-
-        return mask, None
-    summary = next((p for p in heads[0].parts if isinstance(p, Summary)), None)
-    if summary is None:
-        raise NotImplementedError(f"no mask is written for heads that differ as {heads[0]} and {heads[-1]}")
-    l, c = summary.stride, summary.c
-    if heads != tuple(Block(l) | Summary(l, c, h % (l // c)) for h in range(len(heads))):
-        raise NotImplementedError(f"no mask is written for {heads}")
-
-    def mask_by_head(b, h, i, j):
-        low = l - (h % (l // c) + 1) * c
-        return (j <= i) & ((i // l == j // l) | ((j % l >= low) & (j % l < low + c)))
-
-    return mask_by_head, len(heads)
 
 
 def flex_attends(spec: ModelSpec, device: torch.device) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import triton
 from sampling import WORKLOADS, make_arm, make_model, milliseconds, specs
 from triton.runtime.errors import OutOfResources
 
@@ -31,7 +32,7 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
         yield f"attend: {keys} keys, {warps} warps", {"attend": lambda _, c=(keys, warps): c}
     if rows <= configs.VECTOR_ROWS:
         for numbers, warps in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)):
-            chosen = lambda K, n=numbers, w=warps: (max(1, n // configs.power_of_two(K)), w)  # noqa: E731
+            chosen = lambda K, n=numbers, w=warps: (max(1, n // triton.next_power_of_2(K)), w)  # noqa: E731
             yield f"vector: {numbers} weights, {warps} warps", {"vector": chosen}
         return
     for m, n, warps in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8)):

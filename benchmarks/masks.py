@@ -1,0 +1,37 @@
+"""The patterns as FlexAttention's users write them: masks for the rivals."""
+
+from __future__ import annotations
+
+from sparse_tx.attention import Block, Summary
+from sparse_tx.attention.patterns import Pattern
+
+
+def mask_of(heads: tuple[Pattern, ...]):
+    """The patterns of a layer, by head where heads differ, and the heads that the mask tells apart: None if alike."""
+    if len(set(heads)) == 1:
+        parts = heads[0].parts
+
+        def mask(b, h, i, j):
+            seen = parts[0].allows(i, j)
+            for part in parts[1:]:
+                seen = seen | part.allows(i, j)
+            return seen
+
+        return mask, None
+    l, c = summary_of(heads)
+    if heads != tuple(Block(l) | Summary(l, c, h % (l // c)) for h in range(len(heads))):
+        raise NotImplementedError(f"no mask is written for {heads}")
+
+    def mask_by_head(b, h, i, j):
+        low = l - (h % (l // c) + 1) * c
+        return (j <= i) & ((i // l == j // l) | ((j % l >= low) & (j % l < low + c)))
+
+    return mask_by_head, len(heads)
+
+
+def summary_of(heads: tuple[Pattern, ...]) -> tuple[int, int]:
+    """Stride and columns of the first head's summary."""
+    summary = next((p for p in heads[0].parts if isinstance(p, Summary)), None)
+    if summary is None:
+        raise NotImplementedError(f"no mask is written for heads that differ as {heads[0]} and {heads[-1]}")
+    return summary.stride, summary.c
