@@ -3,28 +3,19 @@
 `test_kernels_interpreted.py` runs this file in the interpreter, in a process of its own.
 """
 
-import os
-
 import pytest
 import torch
+from kernels_here import DEVICE, INTERPRETED, LOW, MARKS
 from test_decode import Checkered
 from test_decoder import ATTENTIONS, model_of, steps
 from torch.nn.functional import cross_entropy, layer_norm, linear
 
-pytest.importorskip("triton")
+from sparse_tx.model.decode_kernels import configs, unsupported
+from sparse_tx.model.decode_kernels.steps import EPS, FusedSteps
+from sparse_tx.model.decoder import Decoder
+from sparse_tx.sampling.sampler import Sampler, draw
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
-
-from sparse_tx.model.decode_kernels import configs, unsupported  # noqa: E402
-from sparse_tx.model.decode_kernels.steps import EPS, FusedSteps  # noqa: E402
-from sparse_tx.model.decoder import Decoder  # noqa: E402
-from sparse_tx.sampling.sampler import Sampler, draw  # noqa: E402
-
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-DEVICE = "cpu" if INTERPRETED else "cuda"
-LOW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bfloat16 wrongly
+pytestmark = MARKS
 
 
 def model_here(name, **change):

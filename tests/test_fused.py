@@ -5,27 +5,19 @@
 
 import copy
 import dataclasses
-import os
 
 import pytest
 import torch
+from kernels_here import DEVICE, LOW, MARKS
 from torch.nn.functional import cross_entropy
 
-pytest.importorskip("triton")
+from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
+from sparse_tx.model.dropout import counter_dropout
+from sparse_tx.model.fused.linear import activation, bias_gradient, feed_forward, joined, linear
+from sparse_tx.model.fused.norm import norm
+from sparse_tx.training.memory import memory_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
-
-from sparse_tx.model import AttentionSpec, ModelSpec, Transformer  # noqa: E402
-from sparse_tx.model.dropout import counter_dropout  # noqa: E402
-from sparse_tx.model.fused.linear import activation, bias_gradient, feed_forward, joined, linear  # noqa: E402
-from sparse_tx.model.fused.norm import norm  # noqa: E402
-from sparse_tx.training.memory import memory_of  # noqa: E402
-
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-DEVICE = "cpu" if INTERPRETED else "cuda"
-LOW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bfloat16 wrongly
+pytestmark = MARKS
 POLICIES = ("activation", "feedforward", "attention", "cheap", "block")
 
 

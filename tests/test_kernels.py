@@ -3,27 +3,18 @@
 `test_kernels_interpreted.py` runs this file in the interpreter, in a process of its own.
 """
 
-import os
-
 import pytest
 import torch
 from every_pattern import patterns_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_here import DEVICE, INTERPRETED, LOW, MARKS
 
-pytest.importorskip("triton")
+from sparse_tx.attention import Block, Column, Full, Global, Summary, Window
+from sparse_tx.attention.kernels import packed_attention, triton_attention, unsupported
+from sparse_tx.attention.oracle import oracle_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
-
-from sparse_tx.attention import Block, Column, Full, Global, Summary, Window  # noqa: E402
-from sparse_tx.attention.kernels import packed_attention, triton_attention, unsupported  # noqa: E402
-from sparse_tx.attention.oracle import oracle_attention  # noqa: E402
-
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-DEVICE = "cpu" if INTERPRETED else "cuda"
-LOW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies bfloat16 wrongly
+pytestmark = MARKS
 
 
 def kernel_patterns(l):
