@@ -6,11 +6,12 @@ chunk's gradient is taken as soon as its logits are there, as the loss is the su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+from sparse_tx.model.parts import parts, weight_gradient
 
 CHUNK = 1 << 14  # positions at a time: 16 MiB of float32 logits
 
@@ -36,7 +37,7 @@ def position_nats(h: Tensor, norm: nn.LayerNorm, output: nn.Linear, tokens: Tens
             weight = output.weight.to(dtype)
             found = [
                 _nats(_logits(_norm(rows[part], norm.weight, norm.bias, norm.eps)[0], weight), ids[part])
-                for part in _parts(len(rows), chunk)
+                for part in parts(len(rows), chunk)
             ]
         return torch.cat(found).view(tokens.shape)
 
@@ -45,13 +46,6 @@ def _product_dtype(h: Tensor) -> torch.dtype | None:
     """Of the product with the output matrix: autocast's; else None, the dtype of the normed states."""
     kind = h.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _parts(positions: int, chunk: int) -> Iterator[slice]:
-    """Nearly equal parts of at most `chunk`: few sizes, so that little is compiled."""
-    count = max(1, -(-positions // chunk))
-    size = -(-positions // count)
-    return (slice(start, start + size) for start in range(0, positions, size))
 
 
 def _norm(rows: Tensor, gain: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +97,7 @@ class _MeanNats(torch.autograd.Function):
         d_rows = torch.empty_like(rows) if grad else None
         d_gain, d_shift, d_weight = (torch.zeros_like(t, dtype=wide) for t in (gain, shift, weight))
         with torch.autocast(h.device.type, enabled=False):
-            for part in _parts(len(rows), chunk):
+            for part in parts(len(rows), chunk):
                 x, mean, rstd = _norm(rows[part], gain, shift, eps)
                 logits = _logits(x, low)
                 if d_rows is None:
@@ -111,7 +105,7 @@ class _MeanNats(torch.autograd.Function):
                     continue
                 nats, d_logits = grade(logits, ids[part])
                 total += nats
-                d_weight += _product(d_logits, x.to(low.dtype), wide)
+                d_weight += weight_gradient(d_logits, x.to(low.dtype), wide)
                 d_x = (d_logits @ low).to(wide)
                 d_part, more_gain, more_shift = torch.ops.aten.native_layer_norm_backward(
                     d_x, rows[part].to(wide), [x.shape[-1]], mean, rstd, gain, shift, [True, True, True]
@@ -130,12 +124,3 @@ class _MeanNats(torch.autograd.Function):
         # In place: nothing else holds them, and a second h of a million positions would not be small.
         d_h, *small = (d.mul_(d_out) for d in ctx.saved_tensors)
         return d_h, *(d.to(t) for d, t in zip(small, ctx.dtypes, strict=True)), *[None] * 6
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a^T b, summed and returned in `dtype`: the sum over a chunk may leave the range of float16."""
-    if a.dtype == dtype:
-        return a.t() @ b
-    if a.is_cuda:
-        return torch.mm(a.t(), b, out_dtype=dtype)
-    return a.t().to(dtype) @ b.to(dtype)

@@ -32,26 +32,27 @@ def _too_old(index: int) -> str:
 _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def no_kernels(device: torch.device) -> str | None:
-    """Why no Triton kernel runs on this device; None if they do. No work on it."""
+def no_kernels(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why no Triton kernel runs on this device, or for tensors of this dtype; None if they do. No work on it."""
     if not _HAS_TRITON:
         return "triton is not installed"
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"the tensors are on {device.type}: the kernels need a CUDA GPU"
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     if device.type == "cuda" and (have := _too_old(index)):
         return f"the GPU has compute capability {have}: the kernels need 8.0 or newer"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"dtype {dtype}: the kernels know float16, bfloat16 and float32"
+    if interpreted and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly: use float16 or float32"
     return None
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[AllowsKeys]) -> str | None:
     """Why the kernels cannot run these inputs, with what would; None if they can. No work on the device."""
-    if (reason := no_kernels(q.device)) is not None:
+    if (reason := no_kernels(q.device, q.dtype)) is not None:
         return f"{reason}; use backend='blocked'"
-    if q.dtype not in _DTYPES:
-        return f"dtype {q.dtype}: the kernels know float16, bfloat16 and float32; use backend='blocked'"
-    if os.environ.get("TRITON_INTERPRET") == "1" and q.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly: use float16 or float32, or backend='blocked'"
     for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
         if width % 8 or not 16 <= width <= 256:
             return f"{name} have width {width}: the kernels take 16 to 256 in multiples of 8; use backend='blocked'"

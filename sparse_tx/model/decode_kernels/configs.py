@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from triton import next_power_of_2
+
 VECTOR_ROWS = 4  # rows up to which plain sums beat tensor cores that work on 16 rows at least
 # Rows from which the largest tile wins, with 8 warps, however few programs that gives (512 rows of the 59M CIFAR-10
 # model in bf16 on an H200: 38.4 us a layer, 41.5 with tiles chosen to fill the GPU; fewer rows were not measured).
@@ -29,14 +31,10 @@ class Tile(NamedTuple):
     stages: int
 
 
-def power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def tile(rows: int, outputs: int, inputs: int, norm: bool, itemsize: int, gpu: Gpu) -> Tile:
     """Of `linear_step`, for more than VECTOR_ROWS rows: the largest that gives most multiprocessors a program; from
     MANY_ROWS on the largest that fits."""
-    widest = max(16, power_of_two(inputs))
+    widest = max(16, next_power_of_2(inputs))
     if itemsize == 4:  # exact products run on the plain cores
         return Tile(16 if rows <= 64 else 32, 32, min(32, widest), 4, 1)
     whole = norm and widest <= _WHOLE
@@ -52,7 +50,7 @@ def tile(rows: int, outputs: int, inputs: int, norm: bool, itemsize: int, gpu: G
 
 def vector(inputs: int) -> tuple[int, int]:
     """Outputs of a program of `vector_step`, which holds their weights at once, and its warps."""
-    return max(1, 4096 // power_of_two(inputs)), 4
+    return max(1, 4096 // next_power_of_2(inputs)), 4
 
 
 def attend(widest: int) -> tuple[int, int]:
@@ -60,7 +58,7 @@ def attend(widest: int) -> tuple[int, int]:
 
     512 rows of the 59M CIFAR-10 model (128 wide) in bf16 on an H200: 34.8 us a layer, 41.5 with 64 keys and 4 warps.
     """
-    return min(128, max(16, 4096 // power_of_two(widest))), 2
+    return min(128, max(16, 4096 // next_power_of_2(widest))), 2
 
 
 def overlaps(programs: int, gpu: Gpu) -> bool:

@@ -14,7 +14,6 @@ from sparse_tx.attention.kernels import interpreted  # noqa: F401
 from sparse_tx.attention.kernels.decode import attend_step, combine_step
 from sparse_tx.attention.ranges import ReadTable
 from sparse_tx.model.decode_kernels import configs
-from sparse_tx.model.decode_kernels.configs import power_of_two
 from sparse_tx.model.decode_kernels.ends import draw_step, embed_step
 from sparse_tx.model.decode_kernels.linear import linear_step, vector_step
 from sparse_tx.model.spec import VOCABULARY
@@ -88,7 +87,7 @@ class FusedSteps:
         self.qkv, self.out = empty(batch, projected, dtype=dtype), empty(batch, C, dtype=dtype)
         self.hidden = empty(batch, spec.ff, dtype=dtype)
         self.splits = [configs.splits(batch * spec.heads, n, self.gpu) for n in slots]
-        self.partial = empty(batch * spec.heads, max(self.splits), 2 + power_of_two(self.Dv))
+        self.partial = empty(batch * spec.heads, max(self.splits), 2 + triton.next_power_of_2(self.Dv))
 
     def prepare(self, position: int) -> None:
         """Before a step, and before it is captured: have the numbers of its position at hand."""
@@ -109,7 +108,7 @@ class FusedSteps:
         options = self._options(4)
         draw_step[(self.batch,)](
             self.logits, uniforms, position, tokens, nats, previous, self.batch, len(uniforms), tokens.shape[1],
-            TEMPERATURE=float(temperature), V=VOCABULARY, BV=power_of_two(VOCABULARY), **options,
+            TEMPERATURE=float(temperature), V=VOCABULARY, BV=triton.next_power_of_2(VOCABULARY), **options,
         )  # fmt: skip
 
     def _options(self, warps: int) -> dict[str, Any]:
@@ -121,7 +120,7 @@ class FusedSteps:
         C = self.spec.width
         embed_step[(self.batch,)](
             previous.contiguous(), position, self.embedding.tokens, self.embedding.start, *tables, self.x,
-            len(tables[1]), len(tables[2]), C=C, BC=power_of_two(C), **self._options(4),
+            len(tables[1]), len(tables[2]), C=C, BC=triton.next_power_of_2(C), **self._options(4),
         )  # fmt: skip
 
     def _layer(self, layer: int, position: Tensor) -> None:
@@ -133,13 +132,13 @@ class FusedSteps:
         self._linear(self.hidden, w.contract, self.x, add=True)
 
     def _attend(self, layer: int, position: Tensor) -> None:
-        H, BDV, splits = self.spec.heads, power_of_two(self.Dv), self.splits[layer]
+        H, BDV, splits = self.spec.heads, triton.next_power_of_2(self.Dv), self.splits[layer]
         row = self.reads.kind[layer] * self.reads.positions
         keys, warps = configs.attend(max(self.Dqk, self.Dv))
         attend_step[(self.batch * H, splits)](
             self.qkv, self.out, self.partial, self.reads.table, self.places, position,
             self.reads.positions, row, layer, self.Dqk**-0.5,
-            H=H, DQ=self.Dqk, DV=self.Dv, BDQ=power_of_two(self.Dqk), BDV=BDV,
+            H=H, DQ=self.Dqk, DV=self.Dv, BDQ=triton.next_power_of_2(self.Dqk), BDV=BDV,
             BN=keys, PARTS=self.reads.parts, SPLITS=splits, **self._options(warps),
         )  # fmt: skip
         if splits > 1:
@@ -167,7 +166,7 @@ class FusedSteps:
         if rows <= configs.VECTOR_ROWS:
             BN, warps = configs.vector(K)
             vector_step[(triton.cdiv(N, BN),)](
-                *numbers, K=K, BK=power_of_two(K), BN=BN, **flags, **self._options(warps)
+                *numbers, K=K, BK=triton.next_power_of_2(K), BN=BN, **flags, **self._options(warps)
             )
             return
         t = configs.tile(rows, N, K, norm is not None, weight.element_size(), self.gpu)

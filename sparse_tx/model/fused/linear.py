@@ -13,18 +13,12 @@ from torch import Tensor
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
 from sparse_tx.model.fused import ROWS
 from sparse_tx.model.fused.norm import Kept, Sum, sum_backward, sum_forward, tile_of, total
+from sparse_tx.model.parts import parts, weight_gradient
 
 # Programs, at most, of what adds up columns, and elements that one holds at a time. Tuned on an H100 for 512 and 2,048
 # columns: both within 10 percent of what the bytes take.
 _PROGRAMS = 528
 _TILE = 4096
-
-
-def weight_gradient(d_y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """d_y^T x in `dtype`. d_y: (T, N), x: (T, K) -> (N, K)."""
-    if d_y.is_cuda and d_y.dtype != dtype:
-        return torch.mm(d_y.t(), x, out_dtype=dtype)
-    return (d_y.t() @ x).to(dtype)
 
 
 @triton.jit
@@ -122,10 +116,10 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, weight, low, h, bias, key, p, gain, shift, eps):
-        ctx.sum = Sum(bias, key, p, gain, shift, eps)
-        out, x, kept = sum_forward(h, y.flatten(0, -2) @ low.t(), ctx.sum, y.dtype)
+        sum = Sum(bias, key, p, gain, shift, eps)
+        out, x, kept = sum_forward(h, y.flatten(0, -2) @ low.t(), sum, y.dtype)
         ctx.save_for_backward(y, low, *kept)
-        ctx.dtype = weight.dtype
+        ctx.p, ctx.dtype = p, weight.dtype
         ctx.set_materialize_grads(False)
         return out, x
 
@@ -133,7 +127,7 @@ class _Joined(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_x):
         y, low, *kept = ctx.saved_tensors
-        d_h, d_a, d_bias, d_gain, d_shift = sum_backward(d_out, d_x, Kept(*kept), ctx.sum, y.dtype)
+        d_h, d_a, d_bias, d_gain, d_shift = sum_backward(d_out, d_x, Kept(*kept), ctx.p, y.dtype)
         assert d_a is not None
         d_weight = weight_gradient(d_a, y.flatten(0, -2), ctx.dtype)
         return (d_a @ low).view(y.shape), d_weight, None, d_h, d_bias, None, None, d_gain, d_shift, None
@@ -159,14 +153,13 @@ class _FeedForward(torch.autograd.Function):
         ctx, x, expand, expand_bias, contract, low_expand, low_bias, low_contract, kept,
         h, bias, key, p, gain, shift, eps,
     ):  # fmt: skip
-        ctx.sum = Sum(bias, key, p, gain, shift, eps)
-        ctx.dtype = expand.dtype
+        ctx.p, ctx.dtype = p, expand.dtype
         ctx.set_materialize_grads(False)
         rows = x.flatten(0, -2)
         hidden: tuple[Tensor | None, Tensor | None] = (None, None)
         if kept == "none":
             a = torch.empty(len(rows), len(low_contract), dtype=x.dtype, device=x.device)
-            for part in _parts(len(rows)):
+            for part in parts(len(rows), ROWS):
                 u = torch.addmm(low_bias, rows[part], low_expand.t())
                 torch.mm(activation(u), low_contract.t(), out=a[part])
         else:
@@ -174,7 +167,7 @@ class _FeedForward(torch.autograd.Function):
             y = activation(u)
             a = y @ low_contract.t()
             hidden = u, y if kept == "both" else None
-        out, next_x, ends = sum_forward(h, a, ctx.sum, x.dtype)
+        out, next_x, ends = sum_forward(h, a, Sum(bias, key, p, gain, shift, eps), x.dtype)
         ctx.save_for_backward(x, *hidden, low_expand, low_bias, low_contract, *ends)
         return out, next_x
 
@@ -182,11 +175,11 @@ class _FeedForward(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_next):
         x, u, y, low_expand, low_bias, low_contract, *kept = ctx.saved_tensors
-        d_h, d_a, d_bias, d_gain, d_shift = sum_backward(d_out, d_next, Kept(*kept), ctx.sum, x.dtype)
+        d_h, d_a, d_bias, d_gain, d_shift = sum_backward(d_out, d_next, Kept(*kept), ctx.p, x.dtype)
         assert d_a is not None
         rows, d_x = x.flatten(0, -2), torch.empty_like(x, memory_format=torch.contiguous_format)
         found: list[Tensor] = []
-        for part in _parts(len(rows)) if u is None else [slice(None)]:
+        for part in parts(len(rows), ROWS) if u is None else [slice(None)]:
             u_part = torch.addmm(low_bias, rows[part], low_expand.t()) if u is None else u
             d_u = d_a[part] @ low_contract
             y_part, d_expand_bias = _activation_gradient(u_part, d_u, y)
@@ -196,10 +189,6 @@ class _FeedForward(torch.autograd.Function):
             these = [d_expand, d_expand_bias.to(ctx.dtype), d_contract]
             found = these if not found else [a.add_(b) for a, b in zip(found, these, strict=True)]
         return d_x, *found, None, None, None, None, d_h, d_bias, None, None, d_gain, d_shift, None
-
-
-def _parts(rows: int) -> list[slice]:
-    return [slice(start, start + ROWS) for start in range(0, rows, ROWS)]
 
 
 def _activation_gradient(u: Tensor, d: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:

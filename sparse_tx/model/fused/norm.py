@@ -151,7 +151,7 @@ def tile_of(C: int, elements: int = TILE) -> tuple[int, int]:
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs of a sum and its norm."""
+    """What the backward pass needs of a sum and its norm. key: None if nothing was dropped."""
 
     h: Tensor | None
     mean: Tensor
@@ -170,17 +170,14 @@ class Sum(NamedTuple):
     shift: Tensor | None
     eps: float
 
-    @property
-    def drops(self) -> bool:
-        return self.bias is not None and self.key is not None and self.p > 0
 
-    @property
-    def scale(self) -> float:
-        return 1 / (1 - self.p) if self.drops else 1.0
+def _scale(p: float, drops: bool) -> float:
+    return 1 / (1 - p) if drops else 1.0
 
-    @property
-    def threshold(self) -> int:
-        return int(self.p * 2**32)
+
+def _threshold(p: float) -> int:
+    """Of the hash, below which an element is dropped: see `dropout._drop`."""
+    return int(p * 2**32)
 
 
 def sum_forward(h: Tensor, a: Tensor | None, sum: Sum, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Kept]:
@@ -191,21 +188,23 @@ def sum_forward(h: Tensor, a: Tensor | None, sum: Sum, dtype: torch.dtype) -> tu
     h = h.contiguous()
     out = h if a is None else torch.empty_like(h)
     normed = sum.gain is not None
+    drops = sum.bias is not None and sum.key is not None and sum.p > 0
     x = torch.empty(B, S, C, dtype=dtype, device=h.device) if normed else None
     mean, rstd = (torch.empty(T if normed else 0, dtype=torch.float32, device=h.device) for _ in range(2))
     ends = (
-        h if sum.bias is None else sum.bias, sum.key if sum.drops else h, sum.gain if normed else h,
-        sum.shift if normed else h, out, h if x is None else x, mean, rstd, T, S, sum.eps, sum.scale,
+        h if sum.bias is None else sum.bias, sum.key if drops else h, sum.gain if normed else h,
+        sum.shift if normed else h, out, h if x is None else x, mean, rstd, T, S, sum.eps,
+        _scale(sum.p, drops),
     )  # fmt: skip
-    flags = {"DROP": sum.drops, "NORM": normed, "THRESHOLD": sum.threshold}
+    flags = {"DROP": drops, "NORM": normed, "THRESHOLD": _threshold(sum.p)}
     add_norm_forward[(triton.cdiv(T, R),)](
         h, h if a is None else a, *ends, C=C, BC=BC, R=R, ADD=a is not None, **flags, num_warps=4
     )
-    return out, x, Kept(out if normed else None, mean, rstd, sum.gain, sum.key if sum.drops else None)
+    return out, x, Kept(out if normed else None, mean, rstd, sum.gain, sum.key if drops else None)
 
 
 def sum_backward(
-    d_out: Tensor | None, d_x: Tensor | None, kept: Kept, sum: Sum, dtype: torch.dtype | None
+    d_out: Tensor | None, d_x: Tensor | None, kept: Kept, p: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of h, a (B S, C) in `dtype` (None if nothing was added), bias, gain and shift. One of d_out, d_x is."""
     given = d_x if d_out is None else d_out
@@ -218,12 +217,12 @@ def sum_backward(
     d_h = torch.empty(B, S, C, dtype=given.dtype if kept.h is None else kept.h.dtype, device=given.device)
     d_a = None if dtype is None else torch.empty(T, C, dtype=dtype, device=given.device)
     shares = torch.empty(programs, 3, BC, dtype=torch.float32, device=given.device)
-    normed = d_x is not None
+    normed, drops = d_x is not None, kept.key is not None
     add_norm_backward[(programs,)](
         given.contiguous(), d_h if d_x is None else d_x.contiguous(), kept.h if normed else d_h, kept.mean, kept.rstd,
-        kept.gain if normed else d_h, kept.key if sum.drops else d_h, d_h, d_h if d_a is None else d_a, shares,
-        T, S, sum.scale, blocks, C=C, BC=BC, R=R, STAGES=3 if BC <= TILE else 1, ADD=d_a is not None, DROP=sum.drops,
-        NORM=normed, GIVEN=d_out is not None, THRESHOLD=sum.threshold, num_warps=4,
+        kept.gain if normed else d_h, kept.key if drops else d_h, d_h, d_h if d_a is None else d_a, shares,
+        T, S, _scale(p, drops), blocks, C=C, BC=BC, R=R, STAGES=3 if BC <= TILE else 1, ADD=d_a is not None, DROP=drops,
+        NORM=normed, GIVEN=d_out is not None, THRESHOLD=_threshold(p), num_warps=4,
     )  # fmt: skip
     d_gain, d_shift, d_bias = total(shares)[:, :C]
     return d_h, d_a, None if d_a is None else d_bias, d_gain if normed else None, d_shift if normed else None
@@ -234,8 +233,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, gain, shift, eps, dtype):
-        ctx.sum = Sum(None, None, 0.0, gain, shift, eps)
-        out, x, kept = sum_forward(h, None, ctx.sum, dtype)
+        out, x, kept = sum_forward(h, None, Sum(None, None, 0.0, gain, shift, eps), dtype)
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         return out, x
@@ -243,7 +241,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_x):
-        d_h, _, _, d_gain, d_shift = sum_backward(d_out, d_x, Kept(*ctx.saved_tensors), ctx.sum, None)
+        d_h, _, _, d_gain, d_shift = sum_backward(d_out, d_x, Kept(*ctx.saved_tensors), 0.0, None)
         return d_h, d_gain, d_shift, None, None
 
 
