@@ -122,7 +122,7 @@ def _dense_layer(
         v.index_copy_(2, position, value[:, :, None])
         return scaled_dot_product_attention(query[:, :, None], k, v, attn_mask=mask).flatten(1)
 
-    return layer(h, w, attend)
+    return layer(h, w, attend, position)
 
 
 def make_arm(arm: str, model: Transformer, batch: int, dtype: torch.dtype, overlap: bool) -> Step:

@@ -84,6 +84,10 @@ class ModelConfig:
     ff: int = MISSING
     dropout: float = 0.0
     recompute: str = "none"
+    qk_norm: bool = False
+    rotary: bool = False
+    activation: str = "gelu"
+    init: str = "paper"
 
 
 @dataclass

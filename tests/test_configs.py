@@ -118,7 +118,7 @@ def test_steps_of_the_papers_epochs():
     ("overrides", "message"),
     [
         (["+model.widht=3"], "model.widht is not a key of this config: did you mean model.width?"),
-        (["+model.colour=3"], "known there: model.dropout, model.ff, model.heads"),
+        (["+model.colour=3"], "known there: model.activation, model.dropout, model.ff, model.heads"),
         (["model.width=wide"], "model.width: Value 'wide' of type 'str' could not be converted to Integer"),
         (["attention=strided", "attention.stride=0"], "attention.stride=0"),
         (["attention.c=0"], "attention.c=0 does not fit attention.stride=32"),

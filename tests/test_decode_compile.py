@@ -1,5 +1,6 @@
 """Every launch of a decoding step compiles for each GPU generation and fits its shared memory; no GPU needed."""
 
+import dataclasses
 import os
 
 import pytest
@@ -55,6 +56,7 @@ CIFAR = decoded(AttentionSpec("strided", stride=96))
 ENWIK8 = decoded(AttentionSpec("fixed", stride=128, c=32), "text", 12288, 512, 8, 512, 2048)
 IMAGENET = decoded(AttentionSpec("strided", stride=128, combine="interleaved"), "image", 12288, 512, 16, 512, 2048)
 ODD = decoded(AttentionSpec("strided", stride=8, combine="split"), "text", 100, 96, 2, 24, 80)
+OTHER = dataclasses.replace(CIFAR, qk_norm=True, rotary=True, activation="relu2")
 DECODING = {
     "CIFAR-10, 1 row": (CIFAR, 1, torch.bfloat16),
     "CIFAR-10, 1,024 rows": (CIFAR, 1024, torch.bfloat16),
@@ -65,6 +67,8 @@ DECODING = {
     "odd widths": (ODD, 5, torch.float16),
     "float32": (CIFAR, 100, torch.float32),
     "float32, 2 rows": (CIFAR, 2, torch.float32),
+    "other than the paper's, 1 row": (OTHER, 1, torch.bfloat16),
+    "other than the paper's, 40 rows": (OTHER, 40, torch.float16),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernels_here import DEVICE, INTERPRETED, LOW, MARKS
 from test_decode import Checkered
-from test_decoder import ATTENTIONS, model_of, steps
+from test_decoder import ATTENTIONS, OTHER, model_of, steps
 from torch.nn.functional import cross_entropy, layer_norm, linear
 
 from sparse_tx.model.decode_kernels import configs, unsupported
@@ -43,6 +43,15 @@ def test_fused_logits_equal_the_forward_pass(name):
         if P:
             decoder.prefill(tokens[:, :P], torch.zeros(1, dtype=torch.long, device=DEVICE))
         torch.testing.assert_close(steps(decoder, tokens[:, :end], P), whole[:, P:end], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True, "qk": 10}, {"rotary": True}], ids=str)
+@torch.inference_mode()
+def test_other_models_than_the_papers_are_decoded_as_well(change, kind):
+    tokens = tokens_of(2, 14)
+    model = model_here("strided merged", kind=kind, context=48, **change)
+    torch.testing.assert_close(steps(Decoder(model, 2, fused=True), tokens), model(tokens), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["full", "strided merged", "fixed", "sliding"])
@@ -84,7 +93,7 @@ def test_a_linear_step_is_norm_product_activation_and_residual(rows):
         near = {"rtol": 2e-3, "atol": 2e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         kernels._linear(x.to(dtype), (w, b), y, add=True)
         torch.testing.assert_close(y, expected, **near)
-        kernels._linear(x, (w, b), y, norm=norm, activate=True)
+        kernels._linear(x, (w, b), y, norm=norm, activation="gelu")
         product = linear(normal, w.float(), b.float())
         torch.testing.assert_close(y, product * torch.sigmoid(1.702 * product), **near)
         kernels._linear(x, (w, None), y, norm=norm)

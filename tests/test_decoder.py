@@ -20,11 +20,17 @@ ATTENTIONS = {
 }
 
 
+OTHER = {"qk_norm": True, "rotary": True, "activation": "relu2"}  # than the paper's
+
+
 def model_of(attention, kind="text", context=36, **change):
     torch.manual_seed(0)
     sizes = {"layers": 2, "width": 32, "heads": 4, "qk": 16, "ff": 48} | change
     model = Transformer(ModelSpec(kind=kind, context=context, attention=attention, **sizes)).eval()
     torch.nn.init.normal_(model.output.weight)  # else every logit is 0
+    for block in model.blocks:
+        if sizes.get("qk_norm"):
+            torch.nn.init.normal_(block.attention.query_key.temperature)
     return model
 
 
@@ -55,9 +61,21 @@ def test_cached_logits_equal_the_forward_pass(name, static):
             torch.testing.assert_close(steps(decoder, tokens[:, :length], P), whole[:, P:length], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True}, {"rotary": True}], ids=str)
+@pytest.mark.parametrize("static", [False, True], ids=["sliced", "static"])
 @torch.inference_mode()
-def test_an_image_is_decoded_with_its_row_column_and_channel():
-    model = model_of(ATTENTIONS["strided"], kind="image", context=48)
+def test_queries_and_keys_normed_and_turned_are_kept_as_they_are_seen(static, change):
+    model = model_of(ATTENTIONS["strided merged"], **change)
+    tokens = torch.randint(256, (2, 36))
+    decoder = Decoder(model, 2, static=static)
+    decoder.prefill(tokens[:, :13], torch.arange(2))
+    torch.testing.assert_close(steps(decoder, tokens, 13), model(tokens)[:, 13:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{}, OTHER], ids=["paper", "other"])
+@torch.inference_mode()
+def test_an_image_is_decoded_with_its_row_column_and_channel(change):
+    model = model_of(ATTENTIONS["strided"], kind="image", context=48, **change)
     tokens = torch.randint(256, (2, 48))
     torch.testing.assert_close(steps(Decoder(model, 2), tokens), model(tokens), rtol=0, atol=1e-4)
 

@@ -9,33 +9,36 @@ triton = pytest.importorskip("triton")
 
 from test_kernels_compile import SHARED_KIB, Recorder, compiled  # noqa: E402
 
-from sparse_tx.model.block import FeedForward  # noqa: E402
+from sparse_tx.model import AttentionSpec, ModelSpec, Transformer  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 KERNELS = {
     "norm": ("add_norm_forward", "add_norm_backward", "add_shares"),
     "linear": ("activation_forward", "activation_backward", "column_sums"),
+    "query_key": ("query_key_forward", "query_key_backward"),
 }
 
 
-def launches(monkeypatch, C, F, dtype, residual, p):
-    """Of a norm, a sum and a feed-forward of (2, 3072, C), forward and backward."""
-    from sparse_tx.model.fused import linear, norm
+def launches(monkeypatch, C, F, dtype, residual, p, kind):
+    """Of a norm, queries and keys, a sum and a feed-forward of (2, 3072, C), forward and backward."""
+    from sparse_tx.model.fused import linear, norm, query_key
 
     found = []
-    for module, names in ((norm, KERNELS["norm"]), (linear, KERNELS["linear"])):
-        for name in names:
+    for module in (norm, linear, query_key):
+        for name in KERNELS[module.__name__.rpartition(".")[2]]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
     with torch.device("meta"):
-        ln, out, qkv, ff = torch.nn.LayerNorm(C), torch.nn.Linear(C, C), torch.nn.Linear(C, 2 * C), FeedForward(C, F, 1)
+        spec = ModelSpec("image", 3072, 1, C, C // 8, C // 2, F, AttentionSpec("full"), activation=kind, **QUERY_KEY)
+        (block,) = Transformer(spec).blocks
+        ln, out, qkv, ff = block.ff_norm, block.attention.out, block.attention.qkv, block.ff
         h = torch.empty(2, 3072, C, dtype=residual, requires_grad=True)
         key = torch.empty(2, 2, dtype=torch.long) if p else None
     low = [
         t.detach().to(dtype) for t in (qkv.weight, qkv.bias, out.weight, *ff.expand.parameters(), ff.contract.weight)
     ]
     h, x = norm.norm(h, ln, dtype)
-    qkv_ = linear.linear(x, qkv, low[0], low[1])
+    qkv_ = query_key.prepared(linear.linear(x, qkv, low[0], low[1]), block.attention.query_key)
     h, x = linear.joined(qkv_[..., :C].contiguous(), out, low[2], h, key, p, ln)
     h, x = linear.feed_forward(x, ff, low[3:], "none", h, key, p, ln)
     h, x = linear.feed_forward(x, ff, low[3:], "both", h, key, p, None)
@@ -44,12 +47,13 @@ def launches(monkeypatch, C, F, dtype, residual, p):
     return found
 
 
+QUERY_KEY = {"qk_norm": True, "rotary": True}
 CASES = [
-    (256, 512, torch.bfloat16, torch.bfloat16, 0.25),
-    (512, 2048, torch.bfloat16, torch.float32, 0.0),
-    (40, 96, torch.float16, torch.float32, 0.1),
-    (512, 2048, torch.float32, torch.float32, 0.25),
-    (8192, 16384, torch.float32, torch.float32, 0.25),
+    (256, 512, torch.bfloat16, torch.bfloat16, 0.25, "gelu"),
+    (512, 2048, torch.bfloat16, torch.float32, 0.0, "relu2"),
+    (40, 96, torch.float16, torch.float32, 0.1, "gelu"),
+    (512, 2048, torch.float32, torch.float32, 0.25, "gelu"),
+    (8192, 16384, torch.float32, torch.float32, 0.25, "relu2"),
 ]
 
 

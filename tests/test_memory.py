@@ -41,8 +41,9 @@ def kept_bytes(spec, batch):
 
 
 @pytest.mark.parametrize("again", PLAIN)
-def test_what_plain_blocks_keep_is_what_is_expected(again):
-    spec = sized().recomputing(again)
+@pytest.mark.parametrize("change", [{}, {"qk_norm": True, "rotary": True}, {"activation": "relu2"}], ids=str)
+def test_what_plain_blocks_keep_is_what_is_expected(again, change):
+    spec = dataclasses.replace(sized().recomputing(again), **change)
     expected = memory_of(spec, 2, half=False, blocks="plain").kept - 2 * 2 * spec.context * spec.width * 4
     assert kept_bytes(spec, 2) == pytest.approx(expected, rel=0.1)
 

@@ -8,6 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_tx.attention import Pattern, packed_attention
 from sparse_tx.model.dropout import counter_dropout
+from sparse_tx.model.query_key import QueryKey
+from sparse_tx.model.spec import ModelSpec
 
 
 def _init(linear: nn.Linear, shrink: float = 1.0) -> None:
@@ -16,62 +18,65 @@ def _init(linear: nn.Linear, shrink: float = 1.0) -> None:
     nn.init.zeros_(linear.bias)
 
 
+def _last(spec: ModelSpec) -> float:
+    """What shrinks the matrices that add to the residual stream."""
+    return 0.0 if spec.init == "zero" else (2 * spec.layers) ** -0.5
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The activation of the feed-forward: one of `spec.ACTIVATIONS`."""
+    return x.relu().square() if name == "relu2" else x * torch.sigmoid(1.702 * x)
+
+
 class Attention(nn.Module):
     """Multi-head attention, one pattern per head; q, k and v are views of one projection."""
 
-    def __init__(
-        self, width: int, heads: int, qk: int, patterns: tuple[Pattern, ...], backend: str, layers: int
-    ) -> None:
+    def __init__(self, spec: ModelSpec, patterns: tuple[Pattern, ...]) -> None:
         super().__init__()
-        self.heads, self.qk = heads, qk
-        self.patterns, self.backend = patterns, backend
-        self.qkv = nn.Linear(width, 2 * qk + width)
-        self.out = nn.Linear(width, width)
+        self.heads, self.qk = spec.heads, spec.qk
+        self.patterns, self.backend = patterns, spec.attention.backend
+        self.qkv = nn.Linear(spec.width, 2 * spec.qk + spec.width)
+        self.out = nn.Linear(spec.width, spec.width)
+        self.query_key: QueryKey | None = None
+        if spec.qk_norm or spec.rotary:
+            shape = spec.position_shape() if spec.rotary else None
+            self.query_key = QueryKey(spec.heads, spec.qk, norm=spec.qk_norm, shape=shape)
         _init(self.qkv)
-        _init(self.out, shrink=(2 * layers) ** -0.5)
+        _init(self.out, _last(spec))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = packed_attention(self.qkv(x), self.heads, self.qk, self.patterns, backend=self.backend)  # (B, S, H, Dv)
+        qkv = self.qkv(x)
+        if self.query_key is not None:
+            qkv = self.query_key(qkv)
+        out = packed_attention(qkv, self.heads, self.qk, self.patterns, backend=self.backend)  # (B, S, H, Dv)
         return self.out(out.flatten(-2))
 
 
 class FeedForward(nn.Module):
-    """W2 f(W1 x + b1) + b2 with f(x) = x sigmoid(1.702 x), a GELU (Hendrycks & Gimpel 2016)."""
+    """W2 f(W1 x + b1) + b2, with the GELU f(x) = x sigmoid(1.702 x) (Hendrycks & Gimpel 2016) in the paper."""
 
-    def __init__(self, width: int, inner: int, layers: int) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.expand = nn.Linear(width, inner)
-        self.contract = nn.Linear(inner, width)
+        self.activation = spec.activation
+        self.expand = nn.Linear(spec.width, spec.ff)
+        self.contract = nn.Linear(spec.ff, spec.width)
         _init(self.expand)
-        _init(self.contract, shrink=(2 * layers) ** -0.5)
+        _init(self.contract, _last(spec))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.expand(x)
-        return self.contract(x * torch.sigmoid(1.702 * x))
+        return self.contract(activate(self.expand(x), self.activation))
 
 
 class ResidualBlock(nn.Module):
     """(B, S, C) -> (B, S, C). `recompute` runs the attention half, or the whole block, again in the backward pass."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        qk: int,
-        ff: int,
-        patterns: tuple[Pattern, ...],
-        *,
-        backend: str = "auto",
-        dropout: float = 0.0,
-        recompute: str = "none",
-        layers: int = 1,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, patterns: tuple[Pattern, ...]) -> None:
         super().__init__()
-        self.dropout, self.recompute = dropout, recompute
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, qk, patterns, backend, layers)
-        self.ff_norm = nn.LayerNorm(width)
-        self.ff = FeedForward(width, ff, layers)
+        self.dropout, self.recompute = spec.dropout, spec.recompute
+        self.attention_norm = nn.LayerNorm(spec.width)
+        self.attention = Attention(spec, patterns)
+        self.ff_norm = nn.LayerNorm(spec.width)
+        self.ff = FeedForward(spec)
 
     def forward(self, h: Tensor, keys: Tensor | None = None) -> Tensor:
         """keys: (2, B, 2) of this layer from `dropout_keys`; None drops nothing."""

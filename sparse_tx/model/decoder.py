@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy, layer_norm, linear
 from sparse_tx.attention import Pattern, packed_attention
 from sparse_tx.attention.cache import cached_rows
 from sparse_tx.attention.decode import SlicedReads, StaticReads, Step, Store
-from sparse_tx.model.block import ResidualBlock
+from sparse_tx.model.block import ResidualBlock, activate
 from sparse_tx.model.decode_kernels import unsupported
+from sparse_tx.model.query_key import QueryKey
 from sparse_tx.model.spec import ModelSpec
 from sparse_tx.model.transformer import Transformer
 
@@ -36,6 +37,8 @@ class LayerWeights:
     ff_norm: Pair
     expand: Pair
     contract: Pair
+    query_key: QueryKey | None
+    activation: str
 
     @classmethod
     def of(cls, block: ResidualBlock, dtype: torch.dtype) -> LayerWeights:
@@ -50,18 +53,23 @@ class LayerWeights:
             pair(block.ff_norm, own),
             pair(block.ff.expand),
             pair(block.ff.contract),
+            block.attention.query_key,
+            block.ff.activation,
         )
 
 
-def layer(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor]) -> Tensor:
+def layer(h: Tensor, w: LayerWeights, attend: Callable[[Tensor], Tensor], position: Tensor | None = None) -> Tensor:
     """A residual block in eval mode around any way to attend. h: (..., C), the residual stream.
 
-    attend: projections (..., 2 qk + C) -> (..., C).
+    attend: projections (..., 2 qk + C) -> (..., C). position: (1,) int64 of all rows of h; None: those of (B, S, C).
     """
     x = _norm(h, w.attention_norm).to(w.qkv[0].dtype)
-    h = h + linear(attend(linear(x, *w.qkv)), *w.out)
+    qkv = linear(x, *w.qkv)
+    if w.query_key is not None:
+        qkv = w.query_key(qkv, position)
+    h = h + linear(attend(qkv), *w.out)
     x = linear(_norm(h, w.ff_norm).to(w.expand[0].dtype), *w.expand)
-    return h + linear(x * torch.sigmoid(1.702 * x), *w.contract)
+    return h + linear(activate(x, w.activation), *w.contract)
 
 
 def split_heads(qkv: Tensor, heads: int, qk: int) -> list[Tensor]:
@@ -195,7 +203,7 @@ class Decoder:
             reads = self._sliced
         h = self.model.embedding.at(previous, position)  # (B, C)
         for w, store in zip(self.weights, self.stores, strict=True):
-            h = layer(h, w, partial(self._attend, store, store.steps(reads)))
+            h = layer(h, w, partial(self._attend, store, store.steps(reads)), position)
         return self._logits(h)
 
     def _attend(self, store: Store, steps: list[Step], qkv: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ DATA_KINDS = ("image", "text", "audio")
 # What a block runs again in the backward pass in place of keeping it, the cheapest in time first: the activation of the
 # feed-forward; its first product too; the attention half; all but the output of attention itself; all.
 RECOMPUTE = ("none", "activation", "feedforward", "attention", "cheap", "block")
+ACTIVATIONS = ("gelu", "relu2")  # x sigmoid(1.702 x) (the paper's code); max(x, 0)^2 (So et al. 2021)
+# Of the two matrices of a block that add to the residual stream: small by its depth, as in the paper, or zero.
+INITS = ("paper", "zero")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class ModelSpec:
     """A Sparse Transformer. qk is the width of queries and keys over all heads; ff the inner width of the feed-forward.
 
     kind ("image", "text", "audio") decides the position tables: rows, columns and channels of an image; rows and
-    columns of a matrix of width stride otherwise. Raises ValueError for numbers that do not fit together.
+    columns of a matrix of width stride otherwise. qk_norm, rotary: see `QueryKey`. activation is one of ACTIVATIONS,
+    init of INITS. Raises ValueError for numbers that do not fit together.
     """
 
     kind: str
@@ -49,6 +53,10 @@ class ModelSpec:
     attention: AttentionSpec
     dropout: float = 0.0
     recompute: str = "none"
+    qk_norm: bool = False
+    rotary: bool = False
+    activation: str = "gelu"
+    init: str = "paper"
 
     def __post_init__(self) -> None:
         for name in ("context", "layers", "width", "heads", "qk", "ff"):
@@ -64,6 +72,14 @@ class ModelSpec:
             raise ValueError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"model.recompute={self.recompute!r} is not known: use one of {', '.join(RECOMPUTE)}")
+        for name, known in (("activation", ACTIVATIONS), ("init", INITS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model.{name}={getattr(self, name)!r} is not known: use one of {', '.join(known)}")
+        if self.rotary and self.qk // self.heads % 4:
+            raise ValueError(
+                f"model.rotary=true turns pairs by row and column: model.qk={self.qk} over model.heads={self.heads} is "
+                f"{self.qk // self.heads} a head, which must be a multiple of 4"
+            )
         if self.kind not in DATA_KINDS:
             raise ValueError(f"data.kind={self.kind!r} is not known: use one of {', '.join(DATA_KINDS)}")
         if self.attention.backend not in BACKENDS:

@@ -23,20 +23,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = Embedding(VOCABULARY, spec.width, spec.position_shape())
-        self.blocks = nn.ModuleList(
-            ResidualBlock(
-                spec.width,
-                spec.heads,
-                spec.qk,
-                spec.ff,
-                patterns,
-                backend=spec.attention.backend,
-                dropout=spec.dropout,
-                recompute=spec.recompute,
-                layers=spec.layers,
-            )
-            for patterns in spec.patterns()
-        )
+        self.blocks = nn.ModuleList(ResidualBlock(spec, patterns) for patterns in spec.patterns())
         self.norm = nn.LayerNorm(spec.width)
         self.output = nn.Linear(spec.width, VOCABULARY, bias=False)
         nn.init.zeros_(self.output.weight)

@@ -7,10 +7,11 @@ width of the queries, F inner width, H heads. A block keeps for each token
     attention half: normed input, q k v, output, log-sum-exp       s (3 C + 2 Q) + 4 H
     feed-forward: normed input, inner activations                  s (C + i F)
 
-where i is 2 in fused and compiled blocks and 3 in plain ones. Of these, by what is run again: `activation` drops s F;
-`feedforward` 2 s F; `attention` the attention half, of which it keeps one sum, in fused blocks its norm; `cheap` keeps
-r C and the output and log-sum-exp of attention itself, s C + 4 H; `block` keeps r C. What is dropped exists again for
-one block at a time.
+where i is 2 in fused and compiled blocks and in those with relu2, and else 3 in plain ones. A norm of queries and keys
+adds 8 H to the attention half, in blocks that are not fused s (C + 2 Q) too, and 8 Q in plain ones. Of these, by what
+is run again: `activation` drops s F; `feedforward` 2 s F; `attention` the attention half, of which it keeps one sum, in
+fused blocks its norm; `cheap` keeps r C and the output and log-sum-exp of attention itself, s C + 4 H; `block` keeps r
+C. What is dropped exists again for one block at a time.
 
 Fused blocks with nothing run again took 40.8, 27.6 and 85.0 GiB (59M, batch 16; 95M, 4; 152M, 8; 34.8, 24.8 and 75.9
 with a stream in 16 bits) on an H200; this says 40.8, 28.2 and 86.0 (34.7, 25.2, 76.7).
@@ -81,7 +82,9 @@ def _kept(spec: ModelSpec, again: str, s: int, r: int, blocks: str) -> int:
     """Bytes a token that a block keeps."""
     C, Q, F, H = spec.width, spec.qk, spec.ff, spec.heads
     attention = r * C + 8 + s * (3 * C + 2 * Q) + 4 * H
-    inner = s * F * INNER[blocks]
+    if spec.qk_norm:
+        attention += {"fused": 0, "compiled": s * (C + 2 * Q), "plain": s * (C + 2 * Q) + 8 * Q}[blocks] + 8 * H
+    inner = s * F * (2 if spec.activation == "relu2" else INNER[blocks])
     feed_forward = r * C + 8 + s * C + inner
     return {
         "none": attention + feed_forward,

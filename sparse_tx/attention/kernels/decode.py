@@ -61,6 +61,33 @@ def ring_rows(base, start, first, ring, at, end, W: tl.constexpr, BW: tl.constex
 
 
 @triton.jit
+def query_or_key(
+    AT, d, head, scaled, position, TURNS, SCALE, n0, n1, inner, eps,
+    D: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    """D numbers of a head's query (scaled: by its temperature too) or key, normed and turned: `model/query_key.py`."""
+    x = tl.load(AT + d, mask=d < D, other=0.0).to(tl.float32)
+    if NORM:
+        std = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+        std *= tl.where(scaled, tl.load(SCALE + head), 1.0)
+        x *= std
+    if ROTARY:
+        half: tl.constexpr = D // 2
+        quarter: tl.constexpr = D // 4
+        other = tl.load(AT + (d + half) % D, mask=d < D, other=0.0).to(tl.float32)
+        if NORM:
+            other *= std
+        row = (position // (n1 * inner)).to(tl.int32)
+        column = (position // inner % n1).to(tl.int32)
+        pair = d % half
+        at = 2 * (tl.where(pair < quarter, row, n0 + column) * quarter + pair % quarter)
+        cos = tl.load(TURNS + at, mask=d < D, other=0.0).to(tl.float32)
+        sin = tl.load(TURNS + at + 1, mask=d < D, other=0.0).to(tl.float32)
+        x = x * cos + tl.where(d < half, -other, other) * sin
+    return x
+
+
+@triton.jit
 def absorb(top, total, acc, q, k, v, valid):
     """One step of the online softmax. q: (BDQ,), scaled to base 2; k: (N, BDQ), v: (N, BDV) of which `valid` (N,)."""
     s = tl.sum(k.to(tl.float32) * q[None, :], 1)
@@ -78,10 +105,13 @@ def absorb(top, total, acc, q, k, v, valid):
 @triton.jit(do_not_specialize=("row_of_reads", "row_of_places"))
 def attend_step(
     QKV, OUT, PARTIAL, READS, PLACES, POSITION, positions, row_of_reads, row_of_places, scale,
+    TURNS, SCALE, n0, n1, inner, eps,
     H: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one position of one layer: QKV (B, H * (2 DQ + DV)) -> OUT (B, H * DV).
+
+    TURNS, SCALE (H,) float32, n0, n1, inner: of `query_or_key`, where there is a norm or a rotation.
 
     Grid (B * H, SPLITS). With more than one split each reads its share of every run and leaves what `combine_step`
     joins in PARTIAL (B * H, SPLITS, 2 + BDV) float32. row_of_reads: of READS, that of position 0 of the chunk, for this
@@ -100,8 +130,11 @@ def attend_step(
     sees_own = tl.load(reads)
     after_previous(DEPENDENT)
     qkv = QKV + b * (H * (2 * DQ + DV))
-    q = tl.load(qkv + h * DQ + dq, mask=dq < DQ, other=0.0).to(tl.float32) * (scale * LOG2E)
-    k_own = tl.load(qkv + H * DQ + h * DQ + dq, mask=dq < DQ, other=0.0)
+    q = query_or_key(qkv + h * DQ, dq, h, True, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY)
+    q *= scale * LOG2E
+    k_own = query_or_key(
+        qkv + (H + h) * DQ, dq, h, False, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY
+    ).to(QKV.dtype.element_ty)
     v_own = tl.load(qkv + 2 * H * DQ + h * DV + dv, mask=dv < DV, other=0.0)
     counts = (sees_own != 0) & (split == 0)
     top = tl.where(counts, tl.sum(q * k_own.to(tl.float32), 0), float("-inf"))

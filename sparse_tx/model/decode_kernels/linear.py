@@ -4,12 +4,7 @@ import triton
 import triton.language as tl
 
 from sparse_tx.attention.kernels.decode import after_previous
-
-
-@triton.jit
-def activated(x):
-    """x sigmoid(1.702 x): the GELU of the feed-forward."""
-    return x / (1.0 + tl.exp(-1.702 * x))
+from sparse_tx.model.activation import activated
 
 
 @triton.jit
@@ -49,7 +44,7 @@ def _statistics(X, m, rows, eps, K: tl.constexpr, BK: tl.constexpr):
 def linear_step(
     X, NORM_WEIGHT, NORM_BIAS, W, BIAS, RESIDUAL, Y, rows, N, eps,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIASED: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
+    NORM: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Y (rows, N) = act(LN?(X) W^T + b) + residual?, X (rows, K), W (N, K). Grid (cdiv(N, BN), cdiv(rows, BM)).
 
@@ -86,8 +81,8 @@ def linear_step(
             acc = tl.dot(x, w, acc, input_precision="ieee")
     if BIASED:
         acc += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATE:
-        acc = activated(acc)
+    if ACTIVATION is not None:
+        acc = activated(acc, ACTIVATION)
     to = at[:, None] * N + n[None, :]
     mask = (m < rows)[:, None] & (n < N)[None, :]
     if ADD:
@@ -99,7 +94,7 @@ def linear_step(
 def vector_step(
     X, NORM_WEIGHT, NORM_BIAS, W, BIAS, RESIDUAL, Y, rows, N, eps,
     K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    NORM: tl.constexpr, BIASED: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
+    NORM: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """As `linear_step`, for a few rows: plain sums. BK holds all of K. Grid (cdiv(N, BN),).
 
@@ -123,8 +118,8 @@ def vector_step(
         y = tl.sum(w.to(tl.float32) * x[None, :], 1)
         if BIASED:
             y += bias.to(tl.float32)
-        if ACTIVATE:
-            y = activated(y)
+        if ACTIVATION is not None:
+            y = activated(y, ACTIVATION)
         if ADD:
             y += tl.load(RESIDUAL + m * N + n, mask=n < N, other=0.0)
         tl.store(Y + m * N + n, y.to(Y.dtype.element_ty), mask=n < N)

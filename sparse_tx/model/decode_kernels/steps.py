@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from sparse_tx.attention.ranges import ReadTable
 from sparse_tx.model.decode_kernels import configs
 from sparse_tx.model.decode_kernels.ends import draw_step, embed_step
 from sparse_tx.model.decode_kernels.linear import linear_step, vector_step
+from sparse_tx.model.query_key import EPS as QUERY_KEY_EPS
 from sparse_tx.model.spec import VOCABULARY
 from sparse_tx.model.transformer import Transformer
 
@@ -70,6 +72,8 @@ class FusedSteps:
         self.reads = ReadTable(spec.patterns(), length, device)
         self.places = places(stores, spec.heads, self.reads.parts, device)
         self._stores = stores  # whose tensors the places name
+        layers = [w.query_key for w in weights if w.query_key is not None and w.query_key.norm]
+        self.scales = [l.temperature.detach().float().exp() for l in layers]
         slots = [sum(l.strip for l in store.kept[0].group.layouts) for store in stores]
         gpu = device.type == "cuda"
         self.gpu = _gpu(device) if gpu else _H100
@@ -128,7 +132,7 @@ class FusedSteps:
         self._linear(self.x, w.qkv, self.qkv, norm=w.attention_norm)
         self._attend(layer, position)
         self._linear(self.out, w.out, self.x, add=True)
-        self._linear(self.x, w.expand, self.hidden, norm=w.ff_norm, activate=True)
+        self._linear(self.x, w.expand, self.hidden, norm=w.ff_norm, activation=w.activation)
         self._linear(self.hidden, w.contract, self.x, add=True)
 
     def _attend(self, layer: int, position: Tensor) -> None:
@@ -137,14 +141,22 @@ class FusedSteps:
         keys, warps = configs.attend(max(self.Dqk, self.Dv))
         attend_step[(self.batch * H, splits)](
             self.qkv, self.out, self.partial, self.reads.table, self.places, position,
-            self.reads.positions, row, layer, self.Dqk**-0.5,
+            self.reads.positions, row, layer, self.Dqk**-0.5, *self._query_key(layer),
             H=H, DQ=self.Dqk, DV=self.Dv, BDQ=triton.next_power_of_2(self.Dqk), BDV=BDV,
-            BN=keys, PARTS=self.reads.parts, SPLITS=splits, **self._options(warps),
+            BN=keys, PARTS=self.reads.parts, SPLITS=splits, NORM=self.spec.qk_norm, ROTARY=self.spec.rotary,
+            **self._options(warps),
         )  # fmt: skip
         if splits > 1:
             combine_step[(self.batch * H,)](
                 self.partial, self.out, H=H, DV=self.Dv, BDV=BDV, SPLITS=splits, **self._options(4)
             )
+
+    def _query_key(self, layer: int) -> tuple[Tensor | float, ...]:
+        """What `query_or_key` asks for; any tensor where it takes none."""
+        found = self.weights[layer].query_key
+        n0, n1, *inner = (found and found.shape) or (1, 1)
+        turns = self.x if found is None or found.turns is None else found.turns
+        return turns, self.scales[layer] if self.scales else self.x, n0, n1, math.prod(inner), QUERY_KEY_EPS
 
     def _linear(
         self,
@@ -153,7 +165,7 @@ class FusedSteps:
         y: Tensor,
         *,
         norm: Pair | None = None,
-        activate: bool = False,
+        activation: str | None = None,
         add: bool = False,
     ) -> None:
         """y = act(LN?(x) W^T + b), or y += that. A tensor that is not used is given as any other."""
@@ -162,7 +174,7 @@ class FusedSteps:
         rows = self.batch
         given = norm or (self.x, self.x)
         numbers = (x, *given, weight, weight if bias is None else bias, y, y, rows, N, EPS)
-        flags = {"NORM": norm is not None, "BIASED": bias is not None, "ACTIVATE": activate, "ADD": add}
+        flags = {"NORM": norm is not None, "BIASED": bias is not None, "ACTIVATION": activation, "ADD": add}
         if rows <= configs.VECTOR_ROWS:
             BN, warps = configs.vector(K)
             vector_step[(triton.cdiv(N, BN),)](

@@ -18,6 +18,7 @@ from sparse_tx.model.block import ResidualBlock
 from sparse_tx.model.fused import ROWS
 from sparse_tx.model.fused.linear import feed_forward, joined, linear
 from sparse_tx.model.fused.norm import norm
+from sparse_tx.model.fused.query_key import prepared
 
 
 def _kept(again: str, rows: int) -> str:
@@ -92,6 +93,8 @@ def _block(block: ResidualBlock, low: list[Tensor], h: Tensor, x: Tensor | None,
 def _attention(block: ResidualBlock, low: list[Tensor], key: Tensor | None, h: Tensor, x: Tensor):
     attention = block.attention
     qkv = linear(x, attention.qkv, low[0], low[1])
+    if attention.query_key is not None:
+        qkv = prepared(qkv, attention.query_key)
     out = packed_attention(qkv, attention.heads, attention.qk, attention.patterns, backend=attention.backend)
     return joined(out.flatten(-2), attention.out, low[2], h, key, block.dropout, block.ff_norm)
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
+from sparse_tx.model.activation import activated, activated_and_slope
 from sparse_tx.model.fused import ROWS
 from sparse_tx.model.fused.norm import Kept, Sum, sum_backward, sum_forward, tile_of, total
 from sparse_tx.model.parts import parts, weight_gradient
@@ -48,7 +49,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, low, low_bias):
         ctx.save_for_backward(x, low)
         ctx.dtype = weight.dtype
-        return torch.addmm(low_bias, x.flatten(0, -2), low.t()).unflatten(0, x.shape[:-1])
+        y = x.new_empty(*x.shape[:-1], len(low))  # no view: what follows may change it in place
+        torch.addmm(low_bias, x.flatten(0, -2), low.t(), out=y.view(-1, len(low)))
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -66,20 +69,20 @@ def linear(x: Tensor, layer: torch.nn.Linear, low: Tensor, low_bias: Tensor) -> 
 
 
 @triton.jit
-def activation_forward(U, Y, T, F: tl.constexpr, BF: tl.constexpr, R: tl.constexpr):
-    """Y = u sigmoid(1.702 u)."""
+def activation_forward(U, Y, T, F: tl.constexpr, BF: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr):
+    """Y = f(u)."""
     rows = tl.program_id(0) * R + tl.arange(0, R)
     columns = tl.arange(0, BF)
     inside = (rows < T)[:, None] & (columns < F)[None, :]
     at = rows.to(tl.int64)[:, None] * F + columns[None, :]
     u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(Y + at, (u * (1 / (1 + tl.exp(-1.702 * u)))).to(Y.dtype.element_ty), mask=inside)
+    tl.store(Y + at, activated(u, KIND).to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def activation_backward(
     U, D, Y, SUMS, T, blocks,
-    F: tl.constexpr, BF: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
+    F: tl.constexpr, BF: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """D holds the gradient of the activation and gets that of u. AGAIN: Y gets the activation once more.
 
@@ -93,21 +96,21 @@ def activation_backward(
         at = rows.to(tl.int64)[:, None] * F + columns[None, :]
         u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(D + at, mask=inside, other=0.0).to(tl.float32)
-        s = 1 / (1 + tl.exp(-1.702 * u))
-        d = (d * (s + 1.702 * u * s * (1 - s))).to(D.dtype.element_ty)
+        y, slope = activated_and_slope(u, KIND)
+        d = (d * slope).to(D.dtype.element_ty)
         tl.store(D + at, d, mask=inside)
         total += d.to(tl.float32)
         if AGAIN:
-            tl.store(Y + at, (u * s).to(Y.dtype.element_ty), mask=inside)
+            tl.store(Y + at, y.to(Y.dtype.element_ty), mask=inside)
     tl.store(SUMS + tl.program_id(0) * BF + columns, tl.sum(total, 0))
 
 
-def activation(u: Tensor) -> Tensor:
-    """u (T, F) -> u sigmoid(1.702 u)."""
+def activation(u: Tensor, kind: str) -> Tensor:
+    """u (T, F) -> f(u)."""
     T, F = u.shape
     BF, R = tile_of(F, _TILE)
     y = torch.empty_like(u)
-    activation_forward[(triton.cdiv(T, R),)](u, y, T, F=F, BF=BF, R=R, num_warps=4)
+    activation_forward[(triton.cdiv(T, R),)](u, y, T, F=F, BF=BF, R=R, KIND=kind, num_warps=4)
     return y
 
 
@@ -150,10 +153,10 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, expand, expand_bias, contract, low_expand, low_bias, low_contract, kept,
+        ctx, x, expand, expand_bias, contract, low_expand, low_bias, low_contract, kind, kept,
         h, bias, key, p, gain, shift, eps,
     ):  # fmt: skip
-        ctx.p, ctx.dtype = p, expand.dtype
+        ctx.p, ctx.dtype, ctx.kind = p, expand.dtype, kind
         ctx.set_materialize_grads(False)
         rows = x.flatten(0, -2)
         hidden: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -161,10 +164,10 @@ class _FeedForward(torch.autograd.Function):
             a = torch.empty(len(rows), len(low_contract), dtype=x.dtype, device=x.device)
             for part in parts(len(rows), ROWS):
                 u = torch.addmm(low_bias, rows[part], low_expand.t())
-                torch.mm(activation(u), low_contract.t(), out=a[part])
+                torch.mm(activation(u, kind), low_contract.t(), out=a[part])
         else:
             u = torch.addmm(low_bias, rows, low_expand.t())
-            y = activation(u)
+            y = activation(u, kind)
             a = y @ low_contract.t()
             hidden = u, y if kept == "both" else None
         out, next_x, ends = sum_forward(h, a, Sum(bias, key, p, gain, shift, eps), x.dtype)
@@ -182,16 +185,16 @@ class _FeedForward(torch.autograd.Function):
         for part in parts(len(rows), ROWS) if u is None else [slice(None)]:
             u_part = torch.addmm(low_bias, rows[part], low_expand.t()) if u is None else u
             d_u = d_a[part] @ low_contract
-            y_part, d_expand_bias = _activation_gradient(u_part, d_u, y)
+            y_part, d_expand_bias = _activation_gradient(u_part, d_u, y, ctx.kind)
             torch.mm(d_u, low_expand, out=d_x.flatten(0, -2)[part])
             d_contract = weight_gradient(d_a[part], y_part, ctx.dtype)
             d_expand = weight_gradient(d_u, rows[part], ctx.dtype)
             these = [d_expand, d_expand_bias.to(ctx.dtype), d_contract]
             found = these if not found else [a.add_(b) for a, b in zip(found, these, strict=True)]
-        return d_x, *found, None, None, None, None, d_h, d_bias, None, None, d_gain, d_shift, None
+        return d_x, *found, *[None] * 5, d_h, d_bias, None, None, d_gain, d_shift, None
 
 
-def _activation_gradient(u: Tensor, d: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+def _activation_gradient(u: Tensor, d: Tensor, y: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """f(u), made again if y is None, and the sums of the columns of u's gradient, which d becomes. u, d: (T, F)."""
     T, F = u.shape
     BF, R = tile_of(F, _TILE)
@@ -199,7 +202,7 @@ def _activation_gradient(u: Tensor, d: Tensor, y: Tensor | None) -> tuple[Tensor
     shares = torch.empty(min(_PROGRAMS, blocks), BF, dtype=torch.float32, device=u.device)
     again = y is None
     y = torch.empty_like(u) if y is None else y
-    sizes = {"F": F, "BF": BF, "R": R, "STAGES": 2 if BF <= _TILE else 1}
+    sizes = {"F": F, "BF": BF, "R": R, "KIND": kind, "STAGES": 2 if BF <= _TILE else 1}
     activation_backward[(len(shares),)](u, d, y, shares, T, blocks, **sizes, AGAIN=again, num_warps=4)
     return y, total(shares)[:F]
 
@@ -212,5 +215,5 @@ def feed_forward(x, layer, low: list[Tensor], kept: str, h, key, p, norm: torch.
     ends = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     expand, contract = layer.expand, layer.contract
     return _FeedForward.apply(
-        x, expand.weight, expand.bias, contract.weight, *low, kept, h, contract.bias, key, p, *ends
+        x, expand.weight, expand.bias, contract.weight, *low, layer.activation, kept, h, contract.bias, key, p, *ends
     )
