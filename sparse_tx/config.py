@@ -45,6 +45,7 @@ class DataConfig:
     workers: int = 0
     limit: int | None = None
     unreadable: str = "refuse"
+    mirror: bool = False
     synthetic: bool = False
     overfit: bool = False
     twin: TwinConfig = field(default_factory=TwinConfig)
@@ -95,6 +96,8 @@ class OptimizerConfig:
     name: str = MISSING
     lr: float = MISSING
     warmup: int | None = None
+    hold: float = 0.0
+    decay: str = "cosine"
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
@@ -332,7 +335,12 @@ def training(cfg: DictConfig) -> TrainConfig:
             "context"
         )
     _one_of("data.unreadable", data.unreadable, ("refuse", "skip"))
+    if data.mirror and data.kind != "image":
+        raise UserError(f"data.mirror=true is for images: data={data.name} has {data.kind}")
     _one_of("optimizer", optimizer.name, ("adamw", "muon"))
+    _one_of("optimizer.decay", optimizer.decay, ("cosine", "linear"))
+    if not 0 <= optimizer.hold <= 1:
+        raise UserError(f"optimizer.hold={optimizer.hold}: it is a share of the steps after the warm-up, 0 to 1")
     _one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
     _one_of("trainer.strategy", trainer.strategy, ("auto", "ddp"))
     trainer.precision = _precision("trainer.precision", trainer.precision)

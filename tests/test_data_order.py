@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +58,7 @@ def test_the_order_of_a_seed_stays_for_ever():
     text, image = TrainingOrder(1000, "text", 64, 1), TrainingOrder(20, "image", 12, 1)
     assert [text.window(k) for k in (0, 1, 2, 100)] == [188, 60, 124, 500]
     assert [image.window(k) for k in (0, 1, 2, 100)] == [2, 19, 0, 3]
+    assert [image.mirrored(k) for k in (0, 1, 2, 100)] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -69,7 +71,7 @@ def test_ranks_together_see_the_batch_of_one(kind, world):
     for step, whole in enumerate(sampler(0, 1)):
         together = [item for share in shares for item in share[step]]
         assert sorted(together, key=lambda item: item[1]) == whole
-        assert [row for _, row in whole] == list(range(8))
+        assert [place.row for place in whole] == list(range(8))
 
 
 def test_a_sampler_that_starts_later_goes_on_where_another_would_be():
@@ -139,6 +141,23 @@ def test_batches_hold_the_bytes_that_the_order_names(change):
             want = train[start] if data.spec.kind == "image" else train[start : start + 16]
             assert batch["tokens"][row].tolist() == want.tolist()
     assert step == 4
+
+
+def test_half_of_the_images_are_mirrored_others_at_each_epoch_and_none_in_evaluation():
+    images = spec(name="cifar10", kind="image", context=48)
+    plain, mirrored = (DataModule(images, batch_size=4, seed=4, max_steps=600, mirror=m) for m in (False, True))
+    counts: dict[bytes, list[bool]] = {}
+    for one, other in zip(plain.train_dataloader(), mirrored.train_dataloader(), strict=True):
+        for a, b in zip(one["tokens"].view(-1, 4, 4, 3), other["tokens"].view(-1, 4, 4, 3), strict=True):
+            assert torch.equal(b, a) or torch.equal(b, a.flip(1))
+            counts.setdefault(a.numpy().tobytes(), []).append(not torch.equal(a, b))
+    seen = [m for several in counts.values() for m in several]
+    assert 0.45 < sum(seen) / len(seen) < 0.55
+    assert all(len(set(several)) == 2 for several in counts.values() if len(several) > 12)
+    for one, other in zip(plain.val_dataloader(), mirrored.val_dataloader(), strict=True):
+        assert torch.equal(one["tokens"], other["tokens"])
+    with pytest.raises(UserError, match=r"data.mirror=true is for images: data=stdlib has text"):
+        DataModule(spec(), batch_size=4, seed=4, max_steps=6, mirror=True)
 
 
 def test_evaluation_batches_cover_the_split_and_never_mix_lengths():

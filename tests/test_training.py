@@ -43,6 +43,11 @@ def losses(run):
     return {int(r["step"]): float(r["train/bits_per_dim"]) for r in rows}
 
 
+def seconds(run):
+    with open(Path(run["checkpoint"]).parent.parent / "metrics.csv") as file:
+        return [float(r["train/seconds"]) for r in csv.DictReader(file) if r["train/seconds"]]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -69,6 +74,7 @@ def test_a_deadline_ends_with_a_checkpoint_and_auto_resume_goes_on_exactly(train
     resumed = trained(*settings, "resume=auto", "trainer.max_time=00:01:00:00")
     assert f"resume: {cut['checkpoint']}" in capsys.readouterr().out
     assert resumed["steps"] == 300
+    assert seconds(cut)[-1] < seconds(resumed)[0] < seconds(resumed)[-1]  # of training, in all
     whole = trained(*settings)
     assert same(*(trained_state(Path(r["checkpoint"]).parent / "last.ckpt") for r in (resumed, whole)))
 
@@ -164,6 +170,10 @@ def test_schedule_warms_up_and_falls_to_zero():
     assert [schedule(t, 10, 110) for t in (0, 4, 9)] == [0.1, 0.5, 1.0]
     assert schedule(60, 10, 110) == pytest.approx(0.5)
     assert schedule(110, 10, 110) == 0
+    held = [schedule(t, 10, 110, hold=0.6, decay="linear") for t in (0, 9, 10, 69, 70, 90, 110)]
+    assert held == pytest.approx([0.1, 1, 1, 1, 1, 0.5, 0])
+    assert schedule(90, 10, 110, hold=0.6) == pytest.approx(0.5)
+    assert [schedule(t, 10, 110, hold=1.0) for t in (50, 109)] == [1, 1]
     assert warmup_steps(OptimizerConfig(), 1000) == 100
     assert warmup_steps(OptimizerConfig(), 360_000) == 5000
     assert warmup_steps(OptimizerConfig(warmup=7), 1000) == 7

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparse_tx.data.order import StepSampler, TrainingOrder
+from sparse_tx.data.order import Place, StepSampler, TrainingOrder
 from sparse_tx.data.prepare import Prepared, prepare
 from sparse_tx.data.spec import DataSpec
 from sparse_tx.data.windows import EvaluationWindows, Window
@@ -35,9 +35,15 @@ class Rows(Dataset):
 
 
 class TrainingRows(Rows):
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
-        starts, rows = zip(*items, strict=True)
-        return {"tokens": self.tokens(starts, self.prepared.spec.context), "rows": torch.tensor(rows)}
+    def __getitems__(self, places: list[Place]) -> Batch:
+        starts, rows, mirrored = zip(*places, strict=True)
+        tokens = self.tokens(starts, self.prepared.spec.context)
+        if any(mirrored):
+            side = self.prepared.spec.side
+            assert side is not None
+            images = tokens.view(-1, side, side, 3)
+            images[list(mirrored)] = images[list(mirrored)].flip(2)
+        return {"tokens": tokens, "rows": torch.tensor(rows)}
 
 
 class EvaluationRows(Rows):
@@ -62,7 +68,7 @@ class EvaluationBatches:
 class FirstBatch(StepSampler):
     """The batch of step 0 at every step: what one batch takes to be learnt by heart."""
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
+    def batch(self, step: int) -> list[Place]:
         return super().batch(0)
 
 
@@ -73,10 +79,10 @@ def _as_is(batch: Any) -> Any:
 class DataModule(lightning.LightningDataModule):
     """batch_size: of one optimizer step, all ranks together; eval_batch_size: of one rank, the same share if None.
 
-    Training batches: tokens (b, S) uint8 and rows (b,) int64, each row's place in the global batch. Evaluation:
-    tokens (b, S) uint8 and first_scored (b,) int64: positions from there on are scored. overfit: the first training
-    batch over and over. Ranks share the windows exactly, so one may have a batch more than another: reduce sums after
-    the last batch, not in between.
+    Training batches: tokens (b, S) uint8 and rows (b,) int64, each row's place in the global batch. Evaluation: tokens
+    (b, S) uint8 and first_scored (b,) int64: positions from there on are scored. overfit: the first training batch over
+    and over. mirror: half of the training images are mirrored left to right. Ranks share the windows exactly, so one
+    may have a batch more than another: reduce sums after the last batch, not in between.
     Without a trainer it is the only rank and starts at step 0. The trainer must not put samplers of its own in
     (`use_distributed_sampler=False`), nor accumulate batches: a batch is a whole step.
     """
@@ -93,13 +99,16 @@ class DataModule(lightning.LightningDataModule):
         min_context: int = 0,
         eval_limit: int | None = None,
         overfit: bool = False,
+        mirror: bool = False,
     ):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"data.batch_size={batch_size} must be 1 or more")
         if workers < 0:
             raise UserError(f"data.workers={workers} must be 0 or more")
-        self.spec, self.batch_size, self.seed, self.max_steps = spec, batch_size, seed, max_steps
+        if mirror and spec.kind != "image":
+            raise UserError(f"data.mirror=true is for images: data={spec.name} has {spec.kind}")
+        self.spec, self.batch_size, self.seed, self.max_steps, self.mirror = spec, batch_size, seed, max_steps, mirror
         self.workers, self.eval_batch_size = workers, eval_batch_size
         self.min_context, self.eval_limit, self.overfit = min_context, eval_limit, overfit
         self._prepared: Prepared | None = None
@@ -124,7 +133,13 @@ class DataModule(lightning.LightningDataModule):
         start = self.trainer.global_step if self.trainer is not None else 0
         batches = FirstBatch if self.overfit else StepSampler
         sampler = batches(
-            order, batch_size=self.batch_size, rank=rank, world=world, start_step=start, steps=self.max_steps
+            order,
+            batch_size=self.batch_size,
+            rank=rank,
+            world=world,
+            start_step=start,
+            steps=self.max_steps,
+            mirror=self.mirror,
         )
         return self._loader(TrainingRows(self.prepared, "train"), sampler)
 

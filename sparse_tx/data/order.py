@@ -1,12 +1,28 @@
 """The order of training: an endless sequence of shuffled epochs in which every place can be asked for directly."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from sparse_tx.errors import UserError
 
 MASK = (1 << 64) - 1
+
+
+class Place(NamedTuple):
+    """Where a row of a batch comes from: the start of its window, its place in the global batch, whether mirrored."""
+
+    start: int
+    row: int
+    mirrored: bool = False
+
+
+def _splitmix64(z: np.ndarray) -> np.ndarray:
+    """A hash of each of z (uint64), which are to be multiples of the golden ratio apart (Steele et al. 2014)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 class TrainingOrder:
@@ -28,14 +44,11 @@ class TrainingOrder:
         self._places = np.empty(0, np.int64)
 
     def offsets(self, epochs: np.ndarray) -> np.ndarray:
-        """The offset of each epoch: splitmix64 (Steele et al. 2014), which gives a whole range of epochs at once."""
+        """The offset of each epoch, of a whole range of epochs at once."""
         if self.kind == "image":
             return np.zeros(len(epochs), np.int64)
         with np.errstate(over="ignore"):
-            z = self._key + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
+            z = _splitmix64(self._key + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
         # A set shorter than two windows takes only the offsets that leave it one.
         choices = min(self.context, self.length - self.context + 1)
         return (z % np.uint64(choices)).astype(np.int64)
@@ -69,6 +82,12 @@ class TrainingOrder:
             self._enter(*self.locate(entry))
         return int(self._places[entry - self._first])
 
+    def mirrored(self, entry: int) -> bool:
+        """Whether the entry's image is mirrored where half of them are."""
+        with np.errstate(over="ignore"):
+            z = self._key + np.array([entry + 1], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            return bool(_splitmix64(z)[0] & np.uint64(1))
+
     def _enter(self, epoch: int, first: int):
         which = np.array([epoch])
         count, offset = int(self.sizes(which)[0]), int(self.offsets(which)[0])
@@ -80,7 +99,7 @@ class TrainingOrder:
 
 
 class StepSampler:
-    """The batches of one rank: for each step a list of (window start, row in the global batch).
+    """The batches of one rank: for each step a list of places. mirror: half of the images are mirrored.
 
     batch_size: of one optimizer step, all ranks together. Step t takes entries t B ... t B + B - 1, also across the
     end of an epoch; rank r takes every world-th of them from r. Iterating gives steps start_step ... steps - 1, and
@@ -89,7 +108,15 @@ class StepSampler:
     """
 
     def __init__(
-        self, order: TrainingOrder, *, batch_size: int, rank: int = 0, world: int = 1, start_step: int = 0, steps: int
+        self,
+        order: TrainingOrder,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        steps: int,
+        mirror: bool = False,
     ):
         if batch_size < 1 or batch_size % world:
             raise UserError(
@@ -97,15 +124,17 @@ class StepSampler:
                 f"such as {max(1, -(-batch_size // world)) * world}"
             )
         self.order, self.batch_size, self.rank, self.world = order, batch_size, rank, world
-        self.start_step, self.steps = start_step, steps
+        self.start_step, self.steps, self.mirror = start_step, steps, mirror
 
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Place]]:
         for step in range(self.start_step, self.steps):
             yield self.batch(step)
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        first = step * self.batch_size
-        return [(self.order.window(first + row), row) for row in range(self.rank, self.batch_size, self.world)]
+    def batch(self, step: int) -> list[Place]:
+        return [self._place(step * self.batch_size, row) for row in range(self.rank, self.batch_size, self.world)]
+
+    def _place(self, first: int, row: int) -> Place:
+        return Place(self.order.window(first + row), row, self.mirror and self.order.mirrored(first + row))

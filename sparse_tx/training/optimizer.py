@@ -148,14 +148,18 @@ def warmup_steps(config: OptimizerConfig, max_steps: int) -> int:
     return min(5000, max_steps // 10) if config.warmup is None else config.warmup
 
 
-def schedule(step: int, warmup: int, max_steps: int) -> float:
-    """Share of the learning rate at a step counted from 0: linear warm-up, then cosine to 0 at max_steps."""
+def schedule(step: int, warmup: int, max_steps: int, hold: float = 0.0, decay: str = "cosine") -> float:
+    """Share of the learning rate at a step counted from 0: linear warm-up, 1 for a share `hold` of what comes after,
+    then along a cosine or a line to 0 at max_steps."""
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, max_steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    first = warmup + hold * (max_steps - warmup)
+    if step < first:
+        return 1.0
+    done = min(1.0, (step - first) / max(1e-9, max_steps - first))
+    return 1 - done if decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, max_steps: int) -> LambdaLR:
     warmup = warmup_steps(config, max_steps)
-    return LambdaLR(optimizer, lambda step: schedule(step, warmup, max_steps))
+    return LambdaLR(optimizer, lambda step: schedule(step, warmup, max_steps, config.hold, config.decay))

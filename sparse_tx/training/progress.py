@@ -193,6 +193,7 @@ class Progress(Callback):
         self.deadline = deadline
         self.seconds = 0.0  # of training, so far
         self.steps = 0  # in those seconds
+        self.earlier = 0.0  # seconds of training before the checkpoint that the run goes on from
         self.peak: float | None = None  # FLOP/s of all devices
         self._mark: tuple[float, int] | None = None
         self._first: tuple[float, int] | None = None  # the first entry: what comes before it is compiling, mostly
@@ -206,6 +207,12 @@ class Progress(Callback):
         if self.peak is None:
             return None
         return bytes_per_second / self.bytes_a_step * self.flops_a_step / self.peak
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.earlier + self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.earlier = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         peak = device_peak(trainer.strategy.root_device, half=self.half)
@@ -232,6 +239,7 @@ class Progress(Callback):
         rate = steps * self.bytes_a_step / elapsed
         learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         numbers = {"train/bytes_per_second": rate, "train/learning_rate": learning_rate}
+        numbers["train/seconds"] = self.earlier + self.seconds
         numbers["train/skipped"] = pl_module.clipping.skipped  # type: ignore[union-attr, assignment]
         utilisation = self.utilisation(rate)
         if utilisation is not None:

@@ -108,7 +108,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
         metrics = _finish(trainer, module, datamodule, folder)
         if trainer.is_global_zero:
             conclude(config, datamodule, metrics, progress)
-            write_result(folder, {**metrics, "seconds": round(progress.seconds, 1)})
+            write_result(folder, {**metrics, "seconds": round(progress.earlier + progress.seconds, 1)})
             log_checkpoint(loggers, metrics)
         failed = False
     except SystemExit:  # what Lightning makes of an interrupt from the keyboard or the system
@@ -144,6 +144,7 @@ def _datamodule(config: TrainConfig) -> DataModule:
         min_context=config.evaluation.min_context,
         eval_limit=data.limit,
         overfit=data.overfit,
+        mirror=data.mirror,
     )
 
 
