@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import soundfile
 
 from sparse_tx.evaluation.counts import order_k_bits
+from sparse_tx.evaluation.flac import flac_bits, flac_file
 
 
 def codes(text):
@@ -52,3 +54,11 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     whole = order_k_bits(data[:4000], data[4000:], 2)
     monkeypatch.setattr("sparse_tx.evaluation.counts.CHUNK", 97)
     assert order_k_bits(data[:4000], data[4000:], 2) == pytest.approx(whole, rel=1e-12)
+
+
+def test_flac_takes_all_bits_of_noise_and_few_of_a_tone():
+    noise = np.random.default_rng(0).integers(0, 256, 50_000).astype(np.uint8)
+    tone = (128 + 100 * np.sin(np.arange(50_000) / 50)).astype(np.uint8)
+    assert flac_bits(noise) == pytest.approx(8.0, abs=0.1)
+    assert flac_bits(tone) < 2
+    assert soundfile.read(flac_file(noise), dtype="int16")[0].tolist() == ((noise.astype(int) - 128) << 8).tolist()

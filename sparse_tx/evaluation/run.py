@@ -17,6 +17,7 @@ from sparse_tx.data import DataModule, DataSpec, EvaluationWindows, Prepared
 from sparse_tx.errors import UserError
 from sparse_tx.evaluation.bits import Score
 from sparse_tx.evaluation.counts import order_k_bits
+from sparse_tx.evaluation.flac import flac_bits
 from sparse_tx.evaluation.paper import compares, paper_bits
 from sparse_tx.model import ModelSpec
 from sparse_tx.model.loss import position_nats
@@ -113,11 +114,15 @@ def backends(spec: ModelSpec, device: torch.device, precision: str) -> str:
 def count_models(prepared: Prepared, windows: EvaluationWindows, split: str) -> dict[int, float]:
     """Bits per byte of order-k count models on the very bytes that the windows score; empty where they do not apply."""
     train = prepared.split("train")
-    if prepared.spec.kind != "text" or len(train) > COUNTED_AT_MOST:
+    if prepared.spec.kind == "image" or len(train) > COUNTED_AT_MOST:
         return {}
+    scored = _scored(prepared, windows, split)
+    return {k: order_k_bits(train, scored, k) for k in ORDERS}
+
+
+def _scored(prepared: Prepared, windows: EvaluationWindows, split: str) -> np.ndarray:
     held_out = prepared.split(split)
-    scored = [held_out[w.start + w.first_scored : w.start + w.length] for w in windows]
-    return {k: order_k_bits(train, np.concatenate(scored), k) for k in ORDERS}
+    return np.concatenate([held_out[w.start + w.first_scored : w.start + w.length] for w in windows])
 
 
 def _report(
@@ -144,6 +149,9 @@ def reference_lines(prepared: Prepared, windows: EvaluationWindows, split: str, 
     if counts:
         numbers = ", ".join(f"order {k} {bits:.2f}" for k, bits in counts.items())
         lines.append(f"count models on the same bytes: {numbers} {unit_of(prepared.spec.kind)}")
+    if prepared.spec.kind == "audio":
+        bits = flac_bits(_scored(prepared, windows, split))
+        lines.append(f"FLAC on the same bytes: {bits:.2f} {unit_of('audio')}")
     paper = paper_bits(prepared.spec.name, attention)
     if paper is not None and not prepared.spec.synthetic:
         unit = unit_of(prepared.spec.kind)
