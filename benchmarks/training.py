@@ -25,7 +25,6 @@ import dataclasses
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -37,25 +36,21 @@ from pathlib import Path
 
 import hydra
 import torch
-from masks import mask_of
+from rival import Rival, causal, flex_attends
+from step_profile import floors, profile, table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
 from sparse_tx.config import OptimizerConfig, config_folder, training
 from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.model.cost import cost_of
-from sparse_tx.model.embedding import Embedding
-from sparse_tx.model.spec import RECOMPUTE, VOCABULARY
+from sparse_tx.model.spec import RECOMPUTE
 from sparse_tx.training.memory import memory_of
 from sparse_tx.training.optimizer import build_optimizer
 from sparse_tx.training.peak import device_peak
 from sparse_tx.training.step import Gradients, StepLoss
 from sparse_tx.training.update import Clipping, move_average
 
-BYTES_PER_SECOND = {"H200": 4.27e12, "H100": 3.0e12}  # device-to-device copy, measured
-FLOPS_PER_SECOND = 673e12  # bf16 matrix product, H200
 SPAWNED = "SPARSE_TX_SPAWNED"  # when a process of --cold was started
 WORKLOADS = {  # Hydra's overrides, batches
     "cifar10": (("experiment=cifar10_strided",), (16, 32)),
@@ -85,74 +80,6 @@ def compose(overrides: tuple[str, ...], tiny: bool) -> tuple[ModelSpec, Optimize
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = training(hydra.compose("train", [*overrides, *(TINY if tiny else ())]))
     return config.model_spec(), config.optimizer
-
-
-# The rival.
-
-
-class RivalAttention(nn.Module):
-    """attend: (B, H, S, Dqk), (B, H, S, Dqk), (B, H, S, Dv) -> (B, H, S, Dv); None passes the values by."""
-
-    def __init__(self, spec: ModelSpec, attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None) -> None:
-        super().__init__()
-        self.widths, self.heads, self.attend = (spec.qk, spec.qk, spec.width), spec.heads, attend
-        self.qkv = nn.Linear(spec.width, 2 * spec.qk + spec.width)
-        self.out = nn.Linear(spec.width, spec.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).split(self.widths, -1))
-        out = v if self.attend is None else self.attend(q, k, v)
-        return self.out(out.transpose(1, 2).flatten(-2))
-
-
-class RivalBlock(nn.Module):
-    def __init__(self, spec: ModelSpec, attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None) -> None:
-        super().__init__()
-        self.attention_norm, self.ff_norm = nn.LayerNorm(spec.width), nn.LayerNorm(spec.width)
-        self.attention = RivalAttention(spec, attend)
-        self.expand, self.contract = nn.Linear(spec.width, spec.ff), nn.Linear(spec.ff, spec.width)
-        self.drop = nn.Dropout(spec.dropout)
-
-    def forward(self, h: Tensor) -> Tensor:
-        h = h + self.drop(self.attention(self.attention_norm(h)))
-        u = self.expand(self.ff_norm(h))
-        return h + self.drop(self.contract(u * torch.sigmoid(1.702 * u)))
-
-
-class Rival(nn.Module):
-    """A plain transformer of the spec's sizes; attends: one a layer."""
-
-    def __init__(
-        self, spec: ModelSpec, attends: list[Callable[[Tensor, Tensor, Tensor], Tensor] | None], again: bool = False
-    ) -> None:
-        """again: whether each block is run again in the backward pass."""
-        super().__init__()
-        self.again = again
-        self.embedding = Embedding(VOCABULARY, spec.width, spec.position_shape())
-        self.blocks = nn.ModuleList(RivalBlock(spec, attend) for attend in attends)
-        self.norm, self.output = nn.LayerNorm(spec.width), nn.Linear(spec.width, VOCABULARY, bias=False)
-
-    def forward(self, tokens: Tensor, step: Tensor, rows: Tensor) -> Tensor:
-        h = self.embedding(tokens)
-        for block in self.blocks:
-            h = checkpoint(block, h, use_reentrant=False) if self.again else block(h)
-        logits = self.output(self.norm(h))
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten().long())
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def flex_attends(spec: ModelSpec, device: torch.device) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    compiled = device.type == "cuda"
-    attends = {}
-    for heads in dict.fromkeys(spec.patterns()):
-        mask, count = mask_of(heads)
-        n = spec.context
-        blocks = create_block_mask(mask, None, count, n, n, device=str(device), _compile=compiled)
-        attends[heads] = lambda q, k, v, blocks=blocks: flex_attention(q, k, v, block_mask=blocks)
-    return [attends[heads] for heads in spec.patterns()]
 
 
 # Arms.
@@ -311,7 +238,8 @@ def attempt(arm: str, work: Work, options: argparse.Namespace, device: torch.dev
             row["expected"] = memory_of(work.spec, work.batch, half=True, blocks=blocks, residual=residual).total
         row |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         if options.profile:
-            row["profile"] = profile(trained, tokens, work, row["ms"])
+            least = floors(work.spec, work.batch, sum(p.numel() for p in trained.parameters))
+            row["profile"] = profile(lambda: trained(tokens), least, row["ms"])
     return row
 
 
@@ -407,87 +335,6 @@ def verify(work: Work, options: argparse.Namespace, device: torch.device) -> str
     limit = 1e-4 if options.dtype == torch.float32 else 0.02
     said = ", ".join(f"{a} {'ok' if e <= limit else 'WRONG'} {e:.1e}" for a, e in worst.items())
     return f"{work.name}: {options.check} losses of {spec.layers} layers against float32, to {last:.3f} nats: {said}"
-
-
-# Where the time goes.
-
-CLASSES = {  # by the first pattern that a kernel's name fits
-    "attention": r"attention|flash|fmha|flex|sdpa|(window|column|chain|compact)_(for|back)ward",
-    "products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem",
-    "optimizer, clipping, average": r"multi_tensor|adam|lpnorm|foreach",
-    "loss": r"log_softmax|softmax|nll|logsumexp|cross_entropy",
-    "gelu": r"activation|sigmoid|gelu",
-    "norm, residual, dropout": r"add_norm|add_shares|column_sums|layer_?norm|native_dropout|triton_(per|red|poi)",
-    "copies and fills": r"memcpy|memset|copy|fill|cat",
-}
-
-
-def profile(trained: Trained, tokens: Tensor, work: Work, ms: float) -> list[dict]:
-    """ms of a step by class of kernel, with the share of the step, the least that it could take, and the kernels."""
-    steps = 2
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        wait(trained.device)
-        for _ in range(steps):
-            trained(tokens)
-        wait(trained.device)
-    spent: dict[str, dict[str, tuple[float, int]]] = {name: {} for name in [*CLASSES, "other"]}
-    for event in profiler.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CUDA or not event.self_device_time_total:
-            continue
-        name = next((c for c, words in CLASSES.items() if re.search(words, event.key, re.IGNORECASE)), "other")
-        spent[name][event.key] = event.self_device_time_total / 1e3 / steps, event.count // steps
-    least = floors(work, trained)
-    found = []
-    for name, kernels in spent.items():
-        ms = sum(t for t, _ in kernels.values())
-        top = sorted(kernels.items(), key=lambda item: -item[1][0])[:6]
-        listed = [f"{key[:60]} {t:.2f} ({n})" for key, (t, n) in top]
-        launches = sum(n for _, n in kernels.values())
-        found.append({"class": name, "ms": ms, "launches": launches, "floor": least.get(name), "kernels": listed})
-    busy = sum(r["ms"] for r in found)
-    found.append({"class": "gaps", "ms": ms - busy, "launches": 0, "floor": None, "kernels": []})
-    return found
-
-
-def floors(work: Work, trained: Trained) -> dict[str, float]:
-    """ms that a class takes at least: its products at the rate of a large product, or its bytes at that of a copy.
-
-    Residual, norm and dropout: forward reads the stream and the branch and writes the stream and the normed input,
-    twice a block; backward reads the gradients of both and the stream, and writes those of the stream and the branch.
-    Float32 stream, 16-bit branches. GELU: one pass forward (read, write), one backward (read two, write one).
-    Optimizer: norm 4 bytes a parameter, AdamW 28, the average 12.
-    """
-    spec, tokens = work.spec, work.batch * work.spec.context
-    name = torch.cuda.get_device_name()
-    rate = next((r for n, r in BYTES_PER_SECOND.items() if n in name), 3.0e12)
-    cost = cost_of(spec)
-    pairs = cost.pairs * spec.context * spec.layers * spec.heads
-    attention = 3 * 2 * pairs * (spec.qk + spec.width) / spec.heads * work.batch
-    products = cost.flops * work.batch - attention
-    moved = spec.layers * tokens * 2 * (3 * (2 * spec.qk + 2 * spec.width))
-    residual = spec.layers * tokens * spec.width * 2 * ((4 + 2 + 4 + 2) + (4 + 2 + 4 + 4 + 2))
-    gelu = spec.layers * tokens * spec.ff * 2 * 5
-    return {
-        "products": products / FLOPS_PER_SECOND * 1e3,
-        "attention": max(attention * 7 / 6 / FLOPS_PER_SECOND, moved / rate) * 1e3,
-        "norm, residual, dropout": residual / rate * 1e3,
-        "gelu": gelu / rate * 1e3,
-        "loss": tokens * VOCABULARY * 2 * 3 / rate * 1e3,
-        "optimizer, clipping, average": 44 * sum(p.numel() for p in trained.parameters) / rate * 1e3,
-    }
-
-
-def table(rows: list[dict]) -> str:
-    total = sum(r["ms"] for r in rows)
-    lines = ["", "| class | ms | share | launches | floor ms | kernels: ms (launches) |", "| --- " * 6 + "|"]
-    for r in rows:
-        floor = "" if r["floor"] is None else f"{r['floor']:.2f} ({r['floor'] / max(r['ms'], 1e-9):.0%})"
-        lines.append(
-            f"| {r['class']} | {r['ms']:.2f} | {r['ms'] / total:.1%} | {r['launches']} | {floor} "
-            f"| {'; '.join(r['kernels'])} |"
-        )
-    return "\n".join([*lines, ""])
 
 
 def cold(names: list[str], options: argparse.Namespace) -> None:
