@@ -137,13 +137,13 @@ def _report(
     ]
     if checkpoint.trained_on not in (None, prepared.title):
         lines.append(f"trained on: {checkpoint.trained_on}")
-    lines += reference_lines(prepared, windows, result["split"], checkpoint.config["attention"]["name"])
+    lines += reference_lines(prepared, windows, result["split"], checkpoint.config)
     lines += [f"nats: {result['nats']:.2f}", f"{unit}: {result['bits_per_dim']:.4f}"]
     return lines
 
 
-def reference_lines(prepared: Prepared, windows: EvaluationWindows, split: str, attention: str) -> list[str]:
-    """What stands beside our number: count models on the same bytes, the paper's result."""
+def reference_lines(prepared: Prepared, windows: EvaluationWindows, split: str, config: dict[str, Any]) -> list[str]:
+    """What stands beside our number: count models on the same bytes, the paper's result. config: of the training."""
     lines = []
     counts = count_models(prepared, windows, split)
     if counts:
@@ -152,10 +152,11 @@ def reference_lines(prepared: Prepared, windows: EvaluationWindows, split: str, 
     if prepared.spec.kind == "audio":
         bits = flac_bits(_scored(prepared, windows, split))
         lines.append(f"FLAC on the same bytes: {bits:.2f} {unit_of('audio')}")
-    paper = paper_bits(prepared.spec.name, attention)
+    mirrored = ", without mirrored images" if config["data"].get("mirror") else ""
+    paper = paper_bits(prepared.spec.name, config["attention"]["name"])
     if paper is not None and not prepared.spec.synthetic:
         unit = unit_of(prepared.spec.kind)
-        lines.append(f"paper (Child et al. 2019): {paper:.2f} {unit} after full training{compares(prepared)}")
+        lines.append(f"paper (Child et al. 2019): {paper:.2f} {unit} after full training{compares(prepared)}{mirrored}")
     return lines
 
 

@@ -59,7 +59,8 @@ def model_card(described: dict[str, Any], samples: list[Path], folder: Path, nam
 def _data(data: dict[str, Any]) -> str:
     if data["synthetic"]:
         return f"a synthetic twin of {data['name']} (a trial, not a result)"
-    return data["name"] if data["source"] is None else f"{data['name']} from {data['source']}"
+    name = data["name"] if data["source"] is None else f"{data['name']} from {data['source']}"
+    return f"{name}, half of the images mirrored" if data.get("mirror") else name
 
 
 def _shape(spec: ModelSpec) -> list[str]:
@@ -67,11 +68,14 @@ def _shape(spec: ModelSpec) -> list[str]:
     numbers = {"stride": a.stride, "c": a.c, "reach": a.reach, "global tokens": a.global_tokens}
     given = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)
     parameters = cost_of(spec).parameters
+    own = {"qk_norm": False, "rotary": False, "activation": "gelu", "init": "paper"}
+    others = [f"`model.{k}={str(v).lower()}`" for k, paper in own.items() if (v := getattr(spec, k)) != paper]
     return [
         "| parameters | context | layers | width | heads | attention |",
         "| --- | --- | --- | --- | --- | --- |",
         f"| {parameters / 1e6:.2f}M | {spec.context:,} bytes | {spec.layers} | {spec.width} | {spec.heads} "
         f"| {a.name}{f' ({given})' if given else ''}{'' if a.name == 'full' else ', ' + a.combine} |",
+        *(["", f"Other than in the paper: {', '.join(others)}."] if others else []),
     ]
 
 

@@ -142,7 +142,7 @@ def conclude(config: TrainConfig, datamodule: DataModule, metrics: dict[str, Any
     if torch.cuda.is_available():
         print(f"memory: {gibibytes(torch.cuda.max_memory_allocated())} at most")
     print(f"validation: {windows.scored} bytes in {len(windows)} windows, ema weights, step {metrics['best_step']}")
-    for line in reference_lines(datamodule.prepared, windows, "validation", config.attention.name):
+    for line in reference_lines(datamodule.prepared, windows, "validation", config.plain()):
         print(line)
     print(f"{unit}: {metrics['val/bits_per_dim']:.4f}")
     print(f"checkpoint: {metrics['checkpoint']}")
