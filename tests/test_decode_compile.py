@@ -22,7 +22,9 @@ def decoding_launches(monkeypatch, spec, rows, dtype, capability):
     from sparse_tx.model.decode_kernels import configs, steps
 
     found = []
-    for name in ("attend_step", "combine_step", "linear_step", "vector_step", "embed_step", "draw_step"):
+    for name in ("attend_step", "attend_out_step", "combine_step", "linear_step", "vector_step"):
+        monkeypatch.setattr(steps, name, Recorder(getattr(steps, name), found))
+    for name in ("embed_step", "draw_step"):
         monkeypatch.setattr(steps, name, Recorder(getattr(steps, name), found))
     monkeypatch.setattr(steps, "_H100", configs.Gpu(108, SHARED_KIB[capability] * 1024))
     with torch.device("meta"):
@@ -33,10 +35,12 @@ def decoding_launches(monkeypatch, spec, rows, dtype, capability):
     widths = spec.qk // spec.heads, spec.width // spec.heads
     stores = [Store(p, spec.context, rows, *widths, dtype, "meta") for p in spec.patterns()]
     weights = [LayerWeights.of(block, dtype) for block in model.blocks]
-    kernels = steps.FusedSteps(model, weights, model.output.weight.to(dtype), stores, spec.context, rows)
-    kernels.dependent = capability >= 90
-    kernels(previous, position)
-    kernels.draw(position, uniforms, tokens, nats, previous, 0.7)
+    for joined in (False, True):
+        output = model.output.weight.to(dtype)
+        kernels = steps.FusedSteps(model, weights, output, stores, spec.context, rows, joined=joined)
+        kernels.dependent = capability >= 90
+        kernels(previous, position)
+        kernels.draw(position, uniforms, tokens, nats, previous, 0.7)
     monkeypatch.undo()
     return list({(kernel.__name__, str(named)): (kernel, args, named) for kernel, args, named in found}.values())
 

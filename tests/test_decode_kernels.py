@@ -75,6 +75,27 @@ def test_in_16_bits_fused_logits_are_as_near_the_truth_as_plain_ones(rows):
     assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["full", "strided merged", "strided split", "fixed", "sliding"])
+@torch.inference_mode()
+def test_attention_joined_to_its_output_matrix_gives_the_logits_of_two_launches(monkeypatch, name, heads):
+    """Also where a part has more keys than are read ahead: 16 of up to 20."""
+    rows, change = 1 + heads % 4, {"heads": heads, "width": 40, "qk": 16, "ff": 36, "layers": 2}
+    if name == "strided split" and heads == 1:
+        pytest.skip("one head cannot be split")
+    model, tokens = model_here(name, **change), tokens_of(rows, 20)
+    monkeypatch.setattr(configs, "attend_out", lambda slots: (16, 16, 4))
+    found = []
+    for joined in (True, False):
+        monkeypatch.setattr(configs, "joins", lambda rows, heads, joined=joined: joined)
+        decoder = Decoder(model, rows, fused=True)
+        assert decoder.kernels.joined == joined
+        decoder.prefill(tokens[:, :16], torch.arange(rows, device=DEVICE))
+        found.append(steps(decoder, tokens, 16))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0], model(tokens)[:, 16:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 5, 70])
 @torch.inference_mode()
 def test_a_linear_step_is_norm_product_activation_and_residual(rows):

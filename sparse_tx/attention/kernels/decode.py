@@ -162,6 +162,72 @@ def attend_step(
         tl.store(partial + 2 + dv, acc)
 
 
+@triton.jit(do_not_specialize=("row_of_reads", "row_of_places"))
+def attend_out_step(
+    QKV, W, BIAS, SHARES, READS, PLACES, POSITION, positions, row_of_reads, row_of_places, scale,
+    TURNS, SCALE, n0, n1, inner, eps, C,
+    H: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+    BO: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """`attend_step` and what a head's output adds to the residual stream: SHARES (B, H, C) float32, that of W (C, H DV)
+    and of head 0 the bias too.
+
+    Grid (B * H, cdiv(C, BO)): each program attends for its own outputs, the first of them keeps the new key. For few
+    rows: a launch less is worth more than reading the same keys from the L2 cache again. All but the new query, key
+    and value was written long ago, and is on its way before the kernel ahead has ended.
+    """
+    program = tl.program_id(0)
+    first = tl.program_id(1) == 0
+    b = (program // H).to(tl.int64)
+    h = program % H
+    position = tl.load(POSITION)
+    in_chunk = (position % positions).to(tl.int32)
+    reads = READS + ((row_of_reads + in_chunk) * H + h).to(tl.int64) * (1 + 4 * PARTS)
+    places = PLACES + (row_of_places * H + h) * (4 * PARTS)
+    dq = tl.arange(0, BDQ)
+    dv = tl.arange(0, BDV)
+    n = tl.program_id(1) * BO + tl.arange(0, BO)
+    sees_own = tl.load(reads)
+    numbers = ()
+    early = ()
+    at = tl.arange(0, BN)
+    for part in tl.static_range(PARTS):  # Triton's tuples grow by addition alone
+        slot, start, begin, count, ring, k_at, v_at = part_numbers(reads, places, QKV, b, part, DQ, DV)
+        k = ring_rows(k_at, start, begin, ring, at, count, DQ, BDQ)
+        v = ring_rows(v_at, start, begin, ring, at, count, DV, BDV)
+        numbers = numbers + ((slot, start, begin, count, ring, k_at, v_at),)  # type: ignore[assignment]  # noqa: RUF005
+        early = early + ((k, v),)  # type: ignore[assignment]  # noqa: RUF005
+    inside = (n < C)[:, None] & (dv < DV)[None, :]
+    w = tl.load(W + n[:, None] * (H * DV) + h * DV + dv[None, :], mask=inside, other=0.0)
+    bias = tl.load(BIAS + n, mask=(n < C) & (h == 0), other=0.0).to(tl.float32)
+    after_previous(DEPENDENT)
+    qkv = QKV + b * (H * (2 * DQ + DV))
+    q = query_or_key(qkv + h * DQ, dq, h, True, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY)
+    q *= scale * LOG2E
+    k_own = query_or_key(
+        qkv + (H + h) * DQ, dq, h, False, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY
+    ).to(QKV.dtype.element_ty)
+    v_own = tl.load(qkv + 2 * H * DQ + h * DV + dv, mask=dv < DV, other=0.0)
+    top = tl.where(sees_own != 0, tl.sum(q * k_own.to(tl.float32), 0), float("-inf"))
+    total = tl.where(sees_own != 0, 1.0, 0.0)
+    acc = v_own.to(tl.float32) * total
+    for part in tl.static_range(PARTS):
+        slot, start, begin, count, ring, k_at, v_at = numbers[part]
+        writes = (slot >= 0) & first
+        tl.store(k_at + slot.to(tl.int64) * DQ + dq, k_own, mask=writes & (dq < DQ))
+        tl.store(v_at + slot.to(tl.int64) * DV + dv, v_own, mask=writes & (dv < DV))
+        k, v = early[part]
+        top, total, acc = absorb(top, total, acc, q, k, v, at < count)
+        for from_ in tl.range(BN, count, BN, num_stages=1):
+            later = from_ + at
+            k = ring_rows(k_at, start, begin, ring, later, count, DQ, BDQ)
+            v = ring_rows(v_at, start, begin, ring, later, count, DV, BDV)
+            top, total, acc = absorb(top, total, acc, q, k, v, later < count)
+    out = (acc / tl.where(total > 0, total, 1.0)).to(QKV.dtype.element_ty).to(tl.float32)
+    share = tl.sum(w.to(tl.float32) * out[None, :], 1) + bias
+    tl.store(SHARES + (b * H + h) * C + n, share, mask=n < C)
+
+
 @triton.jit
 def combine_step(
     PARTIAL, OUT, H: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, SPLITS: tl.constexpr, DEPENDENT: tl.constexpr

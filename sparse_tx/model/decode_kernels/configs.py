@@ -61,6 +61,20 @@ def attend(widest: int) -> tuple[int, int]:
     return min(128, max(16, 4096 // next_power_of_2(widest))), 2
 
 
+JOINED = 0  # rows x heads up to which attention and its output matrix are one launch: not measured on a GPU
+
+
+def joins(rows: int, heads: int) -> bool:
+    """Whether attention and its output matrix are one launch, where plain sums serve all products."""
+    return rows <= VECTOR_ROWS and rows * heads <= JOINED
+
+
+def attend_out(slots: int) -> tuple[int, int, int]:
+    """Keys of a part that `attend_out_step` reads before the kernel ahead has ended, of strips of so many slots in all;
+    outputs of a program; warps. Not tuned."""
+    return min(128, max(16, next_power_of_2(slots - 1))), 32, 8
+
+
 def overlaps(programs: int, gpu: Gpu) -> bool:
     """Whether a kernel may begin while the one before ends, for so many rows and heads: while the GPU is not full.
 

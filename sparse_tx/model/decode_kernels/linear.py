@@ -92,13 +92,15 @@ def linear_step(
 
 @triton.jit
 def vector_step(
-    X, NORM_WEIGHT, NORM_BIAS, W, BIAS, RESIDUAL, Y, rows, N, eps,
-    K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    X, NORM_WEIGHT, NORM_BIAS, W, BIAS, RESIDUAL, SHARES, Y, N, eps,
+    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """As `linear_step`, for a few rows: plain sums. BK holds all of K. Grid (cdiv(N, BN),).
 
-    The weights are on their way before the kernel ahead has ended.
+    HEADS: the residual stream is X, or RESIDUAL, with SHARES (ROWS, HEADS, width) of `attend_out_step` added; 0: it has
+    none. What was written two launches ago or earlier is on its way before the kernel ahead has ended: the weights, the
+    residual, and with shares that are new X itself.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -108,9 +110,26 @@ def vector_step(
     if NORM:
         gain = tl.load(NORM_WEIGHT + k, mask=k < K, other=0.0)
         shift = tl.load(NORM_BIAS + k, mask=k < K, other=0.0)
+    early: tl.constexpr = NORM and HEADS > 0
+    xs = ()
+    residuals = ()
+    for m in tl.static_range(ROWS):
+        if early:
+            x = tl.load(X + m * K + k, mask=k < K, other=0.0).to(tl.float32)
+            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005  Triton unpacks nothing
+        if ADD:
+            residual = tl.load(RESIDUAL + m * N + n, mask=n < N, other=0.0)
+            for h in tl.static_range(HEADS):
+                residual += tl.load(SHARES + (m * HEADS + h) * N + n, mask=n < N, other=0.0)
+            residuals = residuals + (residual,)  # type: ignore[assignment]  # noqa: RUF005
     after_previous(DEPENDENT)
-    for m in tl.range(0, rows, num_stages=1):
-        x = tl.load(X + m * K + k, mask=k < K, other=0.0).to(tl.float32)
+    for m in tl.static_range(ROWS):
+        if early:
+            x = xs[m]  # type: ignore[misc]
+            for h in tl.static_range(HEADS):
+                x += tl.load(SHARES + (m * HEADS + h) * K + k, mask=k < K, other=0.0)
+        else:
+            x = tl.load(X + m * K + k, mask=k < K, other=0.0).to(tl.float32)
         if NORM:
             x = tl.where(k < K, x - tl.sum(x, 0) / K, 0.0)
             x = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps) * gain + shift
@@ -121,5 +140,5 @@ def vector_step(
         if ACTIVATION is not None:
             y = activated(y, ACTIVATION)
         if ADD:
-            y += tl.load(RESIDUAL + m * N + n, mask=n < N, other=0.0)
+            y += residuals[m]  # type: ignore[misc]
         tl.store(Y + m * N + n, y.to(Y.dtype.element_ty), mask=n < N)

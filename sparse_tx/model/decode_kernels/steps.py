@@ -1,4 +1,5 @@
-"""A decoding step as launches of the fused kernels: five for each layer, six where programs share a head's keys."""
+"""A decoding step as launches of the fused kernels: five for each layer, four for few rows, six where programs share a
+head's keys."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sparse_tx.attention.decode import Store
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
-from sparse_tx.attention.kernels.decode import attend_step, combine_step
+from sparse_tx.attention.kernels.decode import attend_out_step, attend_step, combine_step
 from sparse_tx.attention.ranges import ReadTable
 from sparse_tx.model.decode_kernels import configs
 from sparse_tx.model.decode_kernels.ends import draw_step, embed_step
@@ -50,7 +51,8 @@ def places(stores: Sequence[Store], heads: int, parts: int, device: torch.device
 class FusedSteps:
     """Steps of a decoder's model over its stores.
 
-    dependent: let a kernel begin while the one before ends (compute capability 9.0 and newer); None where that wins.
+    dependent: let a kernel begin while the one before ends (compute capability 9.0 and newer). joined: attention and
+    its output matrix in one launch, where programs do not share a head's keys. None: each where it wins.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class FusedSteps:
         length: int,
         batch: int,
         dependent: bool | None = None,
+        joined: bool | None = None,
     ) -> None:
         """weights: of each layer. output: (V, C) in the dtype of the products."""
         spec, device, dtype = model.spec, output.device, output.dtype
@@ -80,6 +83,8 @@ class FusedSteps:
         # The kernel after the wait reads what the one before wrote: Hopper's launches alone can overlap them.
         if dependent is None:
             dependent = configs.overlaps(batch * spec.heads, self.gpu)
+        if joined is None:
+            joined = configs.joins(batch, spec.heads)
         self.dependent = dependent and gpu and torch.cuda.get_device_capability(device) >= (9, 0)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,6 +96,9 @@ class FusedSteps:
         self.qkv, self.out = empty(batch, projected, dtype=dtype), empty(batch, C, dtype=dtype)
         self.hidden = empty(batch, spec.ff, dtype=dtype)
         self.splits = [configs.splits(batch * spec.heads, n, self.gpu) for n in slots]
+        self.strips = slots
+        self.joined = joined and max(self.splits) == 1 and batch <= configs.VECTOR_ROWS
+        self.shares = empty(batch, spec.heads, C) if self.joined else self.x
         self.partial = empty(batch * spec.heads, max(self.splits), 2 + triton.next_power_of_2(self.Dv))
 
     def prepare(self, position: int) -> None:
@@ -130,33 +138,51 @@ class FusedSteps:
     def _layer(self, layer: int, position: Tensor) -> None:
         w = self.weights[layer]
         self._linear(self.x, w.qkv, self.qkv, norm=w.attention_norm)
-        self._attend(layer, position)
-        self._linear(self.out, w.out, self.x, add=True)
-        self._linear(self.x, w.expand, self.hidden, norm=w.ff_norm, activation=w.activation)
-        self._linear(self.hidden, w.contract, self.x, add=True)
+        if self.joined:
+            self._attend_out(layer, position)
+        else:
+            self._attend(layer, position)
+            self._linear(self.out, w.out, self.x, add=True)
+        self._linear(self.x, w.expand, self.hidden, norm=w.ff_norm, activation=w.activation, shares=self.joined)
+        self._linear(self.hidden, w.contract, self.x, add=True, shares=self.joined)
+
+    def _attend_out(self, layer: int, position: Tensor) -> None:
+        """Attention and its output matrix: what each head adds to the residual stream, in `shares`."""
+        C, H = self.spec.width, self.spec.heads
+        keys, outputs, warps = configs.attend_out(self.strips[layer])
+        attend_out_step[(self.batch * H, triton.cdiv(C, outputs))](
+            self.qkv, *self.weights[layer].out, self.shares, *self._reads(layer, position), C,
+            **self._sizes(), BN=keys, BO=outputs, **self._options(warps),
+        )  # fmt: skip
+
+    def _reads(self, layer: int, position: Tensor) -> tuple[Any, ...]:
+        """What the attention kernels ask for of a layer and a position."""
+        row = self.reads.kind[layer] * self.reads.positions
+        found = self.weights[layer].query_key
+        n0, n1, *inner = (found and found.shape) or (1, 1)
+        turns = self.x if found is None or found.turns is None else found.turns  # any tensor where it takes none
+        scale = self.scales[layer] if self.scales else self.x
+        return (
+            self.reads.table, self.places, position, self.reads.positions, row, layer, self.Dqk**-0.5,
+            turns, scale, n0, n1, math.prod(inner), QUERY_KEY_EPS,
+        )  # fmt: skip
+
+    def _sizes(self) -> dict[str, Any]:
+        sizes = {"H": self.spec.heads, "DQ": self.Dqk, "DV": self.Dv, "PARTS": self.reads.parts}
+        sizes |= {"BDQ": triton.next_power_of_2(self.Dqk), "BDV": triton.next_power_of_2(self.Dv)}
+        return {**sizes, "NORM": self.spec.qk_norm, "ROTARY": self.spec.rotary}
 
     def _attend(self, layer: int, position: Tensor) -> None:
         H, BDV, splits = self.spec.heads, triton.next_power_of_2(self.Dv), self.splits[layer]
-        row = self.reads.kind[layer] * self.reads.positions
         keys, warps = configs.attend(max(self.Dqk, self.Dv))
         attend_step[(self.batch * H, splits)](
-            self.qkv, self.out, self.partial, self.reads.table, self.places, position,
-            self.reads.positions, row, layer, self.Dqk**-0.5, *self._query_key(layer),
-            H=H, DQ=self.Dqk, DV=self.Dv, BDQ=triton.next_power_of_2(self.Dqk), BDV=BDV,
-            BN=keys, PARTS=self.reads.parts, SPLITS=splits, NORM=self.spec.qk_norm, ROTARY=self.spec.rotary,
-            **self._options(warps),
+            self.qkv, self.out, self.partial, *self._reads(layer, position),
+            **self._sizes(), BN=keys, SPLITS=splits, **self._options(warps),
         )  # fmt: skip
         if splits > 1:
             combine_step[(self.batch * H,)](
                 self.partial, self.out, H=H, DV=self.Dv, BDV=BDV, SPLITS=splits, **self._options(4)
             )
-
-    def _query_key(self, layer: int) -> tuple[Tensor | float, ...]:
-        """What `query_or_key` asks for; any tensor where it takes none."""
-        found = self.weights[layer].query_key
-        n0, n1, *inner = (found and found.shape) or (1, 1)
-        turns = self.x if found is None or found.turns is None else found.turns
-        return turns, self.scales[layer] if self.scales else self.x, n0, n1, math.prod(inner), QUERY_KEY_EPS
 
     def _linear(
         self,
@@ -167,21 +193,27 @@ class FusedSteps:
         norm: Pair | None = None,
         activation: str | None = None,
         add: bool = False,
+        shares: bool = False,
     ) -> None:
-        """y = act(LN?(x) W^T + b), or y += that. A tensor that is not used is given as any other."""
+        """y = act(LN?(x) W^T + b), or y += that. A tensor that is not used is given as any other.
+
+        shares: the residual stream, x under a norm or what y holds, has those of `attend_out_step` still to be added.
+        """
         weight, bias = layer
         N, K = weight.shape
         rows = self.batch
         given = norm or (self.x, self.x)
-        numbers = (x, *given, weight, weight if bias is None else bias, y, y, rows, N, EPS)
+        before = (x, *given, weight, weight if bias is None else bias, y)
         flags = {"NORM": norm is not None, "BIASED": bias is not None, "ACTIVATION": activation, "ADD": add}
         if rows <= configs.VECTOR_ROWS:
             BN, warps = configs.vector(K)
             vector_step[(triton.cdiv(N, BN),)](
-                *numbers, K=K, BK=triton.next_power_of_2(K), BN=BN, **flags, **self._options(warps)
-            )
+                *before, self.shares, y, N, EPS, ROWS=rows, K=K, BK=triton.next_power_of_2(K), BN=BN,
+                HEADS=self.spec.heads if shares else 0, **flags, **self._options(warps),
+            )  # fmt: skip
             return
         t = configs.tile(rows, N, K, norm is not None, weight.element_size(), self.gpu)
         linear_step[(triton.cdiv(N, t.outputs), triton.cdiv(rows, t.rows))](
-            *numbers, K=K, BM=t.rows, BN=t.outputs, BK=t.inputs, STAGES=t.stages, **flags, **self._options(t.warps)
-        )
+            *before, y, rows, N, EPS, K=K, BM=t.rows, BN=t.outputs, BK=t.inputs, STAGES=t.stages,
+            **flags, **self._options(t.warps),
+        )  # fmt: skip
