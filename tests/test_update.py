@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon
 
 from sparse_tx import UserError
 from sparse_tx.config import OptimizerConfig
@@ -67,12 +67,27 @@ def test_a_step_is_torchs_clipping_and_its_adamw(fused):
         torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_muon_in_batches_is_torchs():
+def test_muon_in_batches_is_torchs_of_each_matrix_and_of_queries_keys_and_values():
     grads = gradients(list(model().parameters()))
-    batched, plain = (stepped("muon", fused=f, grads=grads)[0] for f in (True, False))
-    for a, b, start in zip(batched, plain, model().parameters(), strict=True):
+    named = dict(model().named_parameters())
+    got = dict(zip(named, stepped("muon", fused=False, grads=grads)[0], strict=True))
+    for name, p in named.items():
+        if not name.startswith("blocks.") or p.dim() < 2:
+            continue
+        C = p.shape[1]
+        qk = (p.shape[0] - C) // 2
+        rows = [qk, qk, C] if "qkv" in name else [p.shape[0]]
+        parts = [nn.Parameter(part.detach().clone()) for part in p.split(rows)]
+        reference = Muon(parts, lr=1e-2, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        for given in grads:
+            norm = nn.utils.get_total_norm(given)
+            scale = 1 / max(1.0, float(norm) + 1e-6)
+            for part, g in zip(parts, given[list(named).index(name)].split(rows), strict=True):
+                part.grad = g * scale
+            reference.step()
+        want = torch.cat([part.detach() for part in parts])
         # Its products are of bfloat16, and those of a batch may be summed in another order.
-        assert (a - b).abs().max() <= 0.01 * (b - start.detach()).abs().max()
+        assert (got[name] - want).abs().max() <= 0.01 * (want - p.detach()).abs().max(), name
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
