@@ -34,6 +34,16 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
         for numbers, warps in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)):
             chosen = lambda K, n=numbers, w=warps: (max(1, n // triton.next_power_of_2(K)), w)  # noqa: E731
             yield f"vector: {numbers} weights, {warps} warps", {"vector": chosen}
+        two = {"joins": lambda *_: True, "joins_feedforward": lambda *_: False}
+        yield "four launches a layer", two
+        three = {"joins": lambda *_: True, "joins_feedforward": lambda *_: True}
+        yield "three launches a layer", three
+        for outputs, warps in itertools.product((16, 32, 64, 128), (4, 8)):
+            chosen = lambda slots, n=outputs, w=warps: (_attend_out(slots)[0], n, w)  # noqa: E731
+            yield f"three, attention with {outputs} outputs, {warps} warps", {**three, "attend_out": chosen}
+        for units, warps in itertools.product((16, 32, 64), (4, 8)):
+            chosen = lambda *_, c=(units, warps): c  # noqa: E731
+            yield f"three, {units} hidden units, {warps} warps", {**three, "feedforward": chosen}
         return
     for m, n, warps in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8)):
         chosen = lambda *a, t=(m, n), w=warps: _tile(*a, t)._replace(warps=w)  # noqa: E731
@@ -43,7 +53,7 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
         yield f"linear: {stages} stages", {"tile": chosen}
 
 
-_rule = configs.tile
+_rule, _attend_out = configs.tile, configs.attend_out
 
 
 def _tile(rows: int, outputs: int, inputs: int, norm: bool, itemsize: int, gpu: configs.Gpu, tile: tuple) -> Any:

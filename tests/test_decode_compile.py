@@ -22,7 +22,7 @@ def decoding_launches(monkeypatch, spec, rows, dtype, capability):
     from sparse_tx.model.decode_kernels import configs, steps
 
     found = []
-    for name in ("attend_step", "attend_out_step", "combine_step", "linear_step", "vector_step"):
+    for name in ("attend_step", "attend_out_step", "combine_step", "linear_step", "vector_step", "feedforward_step"):
         monkeypatch.setattr(steps, name, Recorder(getattr(steps, name), found))
     for name in ("embed_step", "draw_step"):
         monkeypatch.setattr(steps, name, Recorder(getattr(steps, name), found))
@@ -35,9 +35,9 @@ def decoding_launches(monkeypatch, spec, rows, dtype, capability):
     widths = spec.qk // spec.heads, spec.width // spec.heads
     stores = [Store(p, spec.context, rows, *widths, dtype, "meta") for p in spec.patterns()]
     weights = [LayerWeights.of(block, dtype) for block in model.blocks]
-    for joined in (False, True):
+    for joined, joined_ff in ((False, False), (True, False), (True, True)):
         output = model.output.weight.to(dtype)
-        kernels = steps.FusedSteps(model, weights, output, stores, spec.context, rows, joined=joined)
+        kernels = steps.FusedSteps(model, weights, output, stores, spec.context, rows, None, joined, joined_ff)
         kernels.dependent = capability >= 90
         kernels(previous, position)
         kernels.draw(position, uniforms, tokens, nats, previous, 0.7)
@@ -78,7 +78,9 @@ DECODING = {
 
 # The older ones on what asks most of them: the kernels are the same but for their waits.
 DECODING_WHERE = [(c, 90) for c in DECODING] + [
-    (c, capability) for c in ("ImageNet64, 4,096 rows", "enwik8, 1 row", "float32") for capability in (80, 86, 89)
+    (c, capability)
+    for c in ("ImageNet64, 4,096 rows", "enwik8, 1 row", "CIFAR-10, 1 row", "float32")
+    for capability in (80, 86, 89)
 ]
 
 

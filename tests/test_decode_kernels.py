@@ -96,6 +96,44 @@ def test_attention_joined_to_its_output_matrix_gives_the_logits_of_two_launches(
     torch.testing.assert_close(found[0], model(tokens)[:, 16:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"layers": 1}, {"heads": 4, "width": 40, "ff": 36}, {"activation": "relu2", "width": 24, "ff": 100}],
+    ids=str,
+)
+@torch.inference_mode()
+def test_a_feedforward_of_one_launch_gives_the_logits_of_two(monkeypatch, change, rows):
+    """Of 8 hidden units a program, the last of fewer, and in both orders of the two residual streams."""
+    model, tokens = model_here("strided merged", **{"layers": 3} | change), tokens_of(rows, 12)
+    for name in ("joins", "joins_feedforward"):
+        monkeypatch.setattr(configs, name, lambda *_: True)
+    monkeypatch.setattr(configs, "feedforward", lambda width, ff: (8, 4))
+    decoder = Decoder(model, rows, fused=True)
+    assert decoder.kernels.of_ff == -(-model.spec.ff // 8)
+    decoder.prefill(tokens[:, :8], torch.arange(rows, device=DEVICE))
+    torch.testing.assert_close(steps(decoder, tokens, 8), model(tokens)[:, 8:], rtol=0, atol=1e-4)
+
+
+def test_a_feedforward_of_too_many_shares_stays_two_launches(monkeypatch):
+    monkeypatch.setattr(configs, "JOINED_FF", 2)
+    assert configs.joins_feedforward(2, 256, 512)
+    assert not configs.joins_feedforward(3, 256, 512)
+    assert not configs.joins_feedforward(1, 512, 2048)
+
+
+@pytest.mark.parametrize("joined_ff", [False, True])
+@torch.inference_mode()
+def test_in_16_bits_joined_launches_are_as_near_the_truth_as_plain_ones(monkeypatch, joined_ff):
+    model, tokens = model_here("strided merged", layers=2), tokens_of(2, 5)
+    plain = steps(Decoder(model, 2, static=True, fused=False, dtype=LOW), tokens)
+    monkeypatch.setattr(configs, "joins", lambda *_: True)
+    monkeypatch.setattr(configs, "joins_feedforward", lambda *_: joined_ff)
+    fused = steps(Decoder(model, 2, fused=True, dtype=LOW), tokens)
+    exact = model.double()(tokens)
+    assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 5, 70])
 @torch.inference_mode()
 def test_a_linear_step_is_norm_product_activation_and_residual(rows):

@@ -167,10 +167,11 @@ def attend_out_step(
     QKV, W, BIAS, SHARES, READS, PLACES, POSITION, positions, row_of_reads, row_of_places, scale,
     TURNS, SCALE, n0, n1, inner, eps, C,
     H: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
-    BO: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, DEPENDENT: tl.constexpr,
+    BO: tl.constexpr, ALL: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """`attend_step` and what a head's output adds to the residual stream: SHARES (B, H, C) float32, that of W (C, H DV)
-    and of head 0 the bias too.
+    """`attend_step` and what a head's output adds to the residual stream: SHARES (B, ALL, C) float32, of which the
+    first H are those of W (C, H DV), of head 0 the bias too.
 
     Grid (B * H, cdiv(C, BO)): each program attends for its own outputs, the first of them keeps the new key. For few
     rows: a launch less is worth more than reading the same keys from the L2 cache again. All but the new query, key
@@ -225,7 +226,7 @@ def attend_out_step(
             top, total, acc = absorb(top, total, acc, q, k, v, later < count)
     out = (acc / tl.where(total > 0, total, 1.0)).to(QKV.dtype.element_ty).to(tl.float32)
     share = tl.sum(w.to(tl.float32) * out[None, :], 1) + bias
-    tl.store(SHARES + (b * H + h) * C + n, share, mask=n < C)
+    tl.store(SHARES + (b * ALL + h) * C + n, share, mask=n < C)
 
 
 @triton.jit

@@ -75,6 +75,20 @@ def attend_out(slots: int) -> tuple[int, int, int]:
     return min(128, max(16, next_power_of_2(slots - 1))), 32, 8
 
 
+JOINED_FF = 0  # rows up to which the feed-forward is one launch: not measured on a GPU
+_SHARES = 32  # of a feed-forward, at most: each program of the next kernel reads them all
+
+
+def joins_feedforward(rows: int, width: int, ff: int) -> bool:
+    """Whether both matrices of a feed-forward are one launch, where attention and its output matrix are."""
+    return rows <= JOINED_FF and -(-ff // feedforward(width, ff)[0]) <= _SHARES
+
+
+def feedforward(width: int, ff: int) -> tuple[int, int]:
+    """Hidden units of a program of `feedforward_step`, which holds their weights at once, and its warps. Not tuned."""
+    return max(1, min(8192 // next_power_of_2(width), next_power_of_2(ff))), 8
+
+
 def overlaps(programs: int, gpu: Gpu) -> bool:
     """Whether a kernel may begin while the one before ends, for so many rows and heads: while the GPU is not full.
 

@@ -1,5 +1,5 @@
-"""A decoding step as launches of the fused kernels: five for each layer, four for few rows, six where programs share a
-head's keys."""
+"""A decoding step as launches of the fused kernels: five for each layer; three or four for few rows; six where programs
+share a head's keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_tx.attention.kernels.decode import attend_out_step, attend_step, com
 from sparse_tx.attention.ranges import ReadTable
 from sparse_tx.model.decode_kernels import configs
 from sparse_tx.model.decode_kernels.ends import draw_step, embed_step
-from sparse_tx.model.decode_kernels.linear import linear_step, vector_step
+from sparse_tx.model.decode_kernels.linear import feedforward_step, linear_step, vector_step
 from sparse_tx.model.query_key import EPS as QUERY_KEY_EPS
 from sparse_tx.model.spec import VOCABULARY
 from sparse_tx.model.transformer import Transformer
@@ -52,7 +52,8 @@ class FusedSteps:
     """Steps of a decoder's model over its stores.
 
     dependent: let a kernel begin while the one before ends (compute capability 9.0 and newer). joined: attention and
-    its output matrix in one launch, where programs do not share a head's keys. None: each where it wins.
+    its output matrix in one launch, for VECTOR_ROWS rows at most and where programs do not share a head's keys.
+    joined_ff: the feed-forward in one launch too, where attention is. None: each where it wins.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class FusedSteps:
         batch: int,
         dependent: bool | None = None,
         joined: bool | None = None,
+        joined_ff: bool | None = None,
     ) -> None:
         """weights: of each layer. output: (V, C) in the dtype of the products."""
         spec, device, dtype = model.spec, output.device, output.dtype
@@ -85,6 +87,8 @@ class FusedSteps:
             dependent = configs.overlaps(batch * spec.heads, self.gpu)
         if joined is None:
             joined = configs.joins(batch, spec.heads)
+        if joined_ff is None:
+            joined_ff = configs.joins_feedforward(batch, spec.width, spec.ff)
         self.dependent = dependent and gpu and torch.cuda.get_device_capability(device) >= (9, 0)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,13 +96,18 @@ class FusedSteps:
 
         C, projected = spec.width, 2 * spec.qk + spec.width
         self.x, self.logits = empty(batch, C), empty(batch, VOCABULARY)
+        self._streams = self.x, torch.empty_like(self.x)  # of layers in turn: one is read while the other is written
         self.no_table = torch.zeros(1, C, device=device)
         self.qkv, self.out = empty(batch, projected, dtype=dtype), empty(batch, C, dtype=dtype)
         self.hidden = empty(batch, spec.ff, dtype=dtype)
         self.splits = [configs.splits(batch * spec.heads, n, self.gpu) for n in slots]
         self.strips = slots
         self.joined = joined and max(self.splits) == 1 and batch <= configs.VECTOR_ROWS
-        self.shares = empty(batch, spec.heads, C) if self.joined else self.x
+        self.joined_ff = joined_ff and self.joined
+        # What is still to be added to the residual stream: by each head, and by each program of the feed-forward.
+        self.of_heads = spec.heads if self.joined else 0
+        self.of_ff = triton.cdiv(spec.ff, configs.feedforward(C, spec.ff)[0]) if self.joined_ff else 0
+        self.shares = empty(batch, self.of_heads + self.of_ff, C) if self.joined else self.x
         self.partial = empty(batch * spec.heads, max(self.splits), 2 + triton.next_power_of_2(self.Dv))
 
     def prepare(self, position: int) -> None:
@@ -110,7 +119,8 @@ class FusedSteps:
         self._embed(previous, position)
         for layer in range(self.spec.layers):
             self._layer(layer, position)
-        self._linear(self.x, (self.output, None), self.logits, norm=self.norm)
+        x = self._streams[(self.spec.layers - 1) % 2] if self.joined_ff else self.x
+        self._linear(x, (self.output, None), self.logits, norm=self.norm, shares=self._of_layer_ahead)
         return self.logits
 
     def draw(
@@ -137,14 +147,37 @@ class FusedSteps:
 
     def _layer(self, layer: int, position: Tensor) -> None:
         w = self.weights[layer]
-        self._linear(self.x, w.qkv, self.qkv, norm=w.attention_norm)
+        x = self.x
+        if self.joined_ff and layer:
+            ahead, x = self._streams[(layer - 1) % 2], self._streams[layer % 2]
+            self._linear(ahead, w.qkv, self.qkv, norm=w.attention_norm, shares=self._of_layer_ahead, kept=x)
+        else:
+            self._linear(x, w.qkv, self.qkv, norm=w.attention_norm)
         if self.joined:
             self._attend_out(layer, position)
         else:
             self._attend(layer, position)
-            self._linear(self.out, w.out, self.x, add=True)
-        self._linear(self.x, w.expand, self.hidden, norm=w.ff_norm, activation=w.activation, shares=self.joined)
-        self._linear(self.hidden, w.contract, self.x, add=True, shares=self.joined)
+            self._linear(self.out, w.out, x, add=True)
+        if self.joined_ff:
+            self._feedforward(layer, x)
+        else:
+            new = 0, self.of_heads
+            self._linear(x, w.expand, self.hidden, norm=w.ff_norm, activation=w.activation, shares=new)
+            self._linear(self.hidden, w.contract, x, add=True, shares=(self.of_heads, 0))
+
+    @property
+    def _of_layer_ahead(self) -> tuple[int, int]:
+        """Shares that the layer before has left, old and new ones."""
+        return (self.of_heads, self.of_ff) if self.joined_ff else (0, 0)
+
+    def _feedforward(self, layer: int, x: Tensor) -> None:
+        w, C, F = self.weights[layer], self.spec.width, self.spec.ff
+        units, warps = configs.feedforward(C, F)
+        feedforward_step[(self.of_ff,)](
+            x, *w.ff_norm, *w.expand, *w.contract, self.shares, F, EPS,
+            ROWS=self.batch, C=C, BC=triton.next_power_of_2(C), BU=units, ALL=self.shares.shape[1], HEADS=self.of_heads,
+            ACTIVATION=w.activation, **self._options(warps),
+        )  # fmt: skip
 
     def _attend_out(self, layer: int, position: Tensor) -> None:
         """Attention and its output matrix: what each head adds to the residual stream, in `shares`."""
@@ -152,7 +185,7 @@ class FusedSteps:
         keys, outputs, warps = configs.attend_out(self.strips[layer])
         attend_out_step[(self.batch * H, triton.cdiv(C, outputs))](
             self.qkv, *self.weights[layer].out, self.shares, *self._reads(layer, position), C,
-            **self._sizes(), BN=keys, BO=outputs, **self._options(warps),
+            **self._sizes(), BN=keys, BO=outputs, ALL=self.shares.shape[1], **self._options(warps),
         )  # fmt: skip
 
     def _reads(self, layer: int, position: Tensor) -> tuple[Any, ...]:
@@ -193,11 +226,13 @@ class FusedSteps:
         norm: Pair | None = None,
         activation: str | None = None,
         add: bool = False,
-        shares: bool = False,
+        shares: tuple[int, int] = (0, 0),
+        kept: Tensor | None = None,
     ) -> None:
         """y = act(LN?(x) W^T + b), or y += that. A tensor that is not used is given as any other.
 
-        shares: the residual stream, x under a norm or what y holds, has those of `attend_out_step` still to be added.
+        shares: so many, old and new as `vector_step` has them, are still to be added to the residual stream: x under a
+        norm, or y. kept: where x with them is left.
         """
         weight, bias = layer
         N, K = weight.shape
@@ -208,8 +243,9 @@ class FusedSteps:
         if rows <= configs.VECTOR_ROWS:
             BN, warps = configs.vector(K)
             vector_step[(triton.cdiv(N, BN),)](
-                *before, self.shares, y, N, EPS, ROWS=rows, K=K, BK=triton.next_power_of_2(K), BN=BN,
-                HEADS=self.spec.heads if shares else 0, **flags, **self._options(warps),
+                *before, self.shares, self.x if kept is None else kept, y, N, EPS, ROWS=rows, K=K,
+                BK=triton.next_power_of_2(K), BN=BN, ALL=self.shares.shape[1], OLD=shares[0], NEW=shares[1],
+                KEEP=kept is not None, **flags, **self._options(warps),
             )  # fmt: skip
             return
         t = configs.tile(rows, N, K, norm is not None, weight.element_size(), self.gpu)
