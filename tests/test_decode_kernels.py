@@ -122,6 +122,33 @@ def test_a_feedforward_of_too_many_shares_stays_two_launches(monkeypatch):
     assert not configs.joins_feedforward(1, 512, 2048)
 
 
+@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True, "qk": 10}, {"rotary": True}], ids=str)
+@torch.inference_mode()
+def test_joined_launches_decode_other_models_than_the_papers_as_well(monkeypatch, change):
+    tokens = tokens_of(2, 14)
+    model = model_here("strided merged", kind="image", context=48, **change)
+    for name in ("joins", "joins_feedforward"):
+        monkeypatch.setattr(configs, name, lambda *_: True)
+    decoder = Decoder(model, 2, fused=True)
+    assert decoder.kernels.joined_ff
+    torch.testing.assert_close(steps(decoder, tokens), model(tokens), rtol=0, atol=1e-4)
+
+
+def test_attention_is_joined_up_to_a_bound_and_where_a_head_is_one_program(monkeypatch):
+    monkeypatch.setattr(configs, "JOINED", 4)
+    monkeypatch.setattr(configs, "JOINED_FF", 4)
+    model = model_here("strided merged", layers=1)  # 2 heads
+    found = {rows: Decoder(model, rows, fused=True).kernels for rows in (1, 2, 3)}
+    assert {rows: k.joined for rows, k in found.items()} == {1: True, 2: True, 3: False}
+    assert {rows: k.joined_ff for rows, k in found.items()} == {1: True, 2: True, 3: False}
+    monkeypatch.setattr(configs, "JOINED", 100)
+    assert configs.joins(4, 25)
+    assert not configs.joins(5, 1)  # more rows than plain sums serve
+    monkeypatch.setattr(configs, "splits", lambda *_: 2)
+    split = Decoder(model, 1, fused=True).kernels
+    assert (split.joined, split.joined_ff) == (False, False)
+
+
 @pytest.mark.parametrize("joined_ff", [False, True])
 @torch.inference_mode()
 def test_in_16_bits_joined_launches_are_as_near_the_truth_as_plain_ones(monkeypatch, joined_ff):
