@@ -1,7 +1,11 @@
 """Composing configs as the scripts do, in a folder of the test's own."""
 
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, and its subprocesses: more of them wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import hydra
 import pytest

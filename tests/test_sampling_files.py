@@ -120,6 +120,7 @@ def test_ctrl_c_ends_a_sweep_of_samples_with_130(text_model):
         "import os, signal, sys\n"
         "from sparse_tx import command, entry\n"
         "from sparse_tx.sampling.sampler import Sampler\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
         "whole, begun = Sampler.advance, []\n"
         "def advance(self, *a):\n"
         "    begun.append(1)\n"
