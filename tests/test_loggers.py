@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ OFFLINE = ("logger=wandb", "logger.wandb.offline=true")
 def _no_account(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # a session of an earlier test would keep that test's environment
 
 
 def folder_of(run):
