@@ -31,6 +31,16 @@ def aligned(address, like, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def head_numbers(
+    READS, PLACES, position, positions, row_of_reads, row_of_places, h, H: tl.constexpr, PARTS: tl.constexpr
+):
+    """Where a head's numbers begin in both tables."""
+    in_chunk = (position % positions).to(tl.int32)
+    reads = READS + ((row_of_reads + in_chunk) * H + h).to(tl.int64) * (1 + 4 * PARTS)
+    return reads, PLACES + (row_of_places * H + h) * (4 * PARTS)
+
+
+@triton.jit
 def part_numbers(reads, places, like, b, part: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
     """Of a head and part, for row b of the batch: the slot of the own key, start of the strip, first slot read, count,
     the strip's length, keys and values."""
@@ -88,6 +98,40 @@ def query_or_key(
 
 
 @triton.jit
+def own_numbers(
+    QKV, b, h, position, scale, TURNS, SCALE, n0, n1, inner, eps,
+    H: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr,
+    NORM: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    """Of a head at this position: the query, float32 and scaled to base 2, the key and the value as they are kept."""
+    dq = tl.arange(0, BDQ)
+    dv = tl.arange(0, BDV)
+    qkv = QKV + b * (H * (2 * DQ + DV))
+    q = query_or_key(qkv + h * DQ, dq, h, True, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY)
+    k = query_or_key(qkv + (H + h) * DQ, dq, h, False, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY)
+    v = tl.load(qkv + 2 * H * DQ + h * DV + dv, mask=dv < DV, other=0.0)
+    return q * (scale * LOG2E), k.to(QKV.dtype.element_ty), v
+
+
+@triton.jit
+def of_own_key(q, k, v, counts):
+    """The online softmax of the own key alone, or of none where it does not count."""
+    top = tl.where(counts, tl.sum(q * k.to(tl.float32), 0), float("-inf"))
+    total = tl.where(counts, 1.0, 0.0)
+    return top, total, v.to(tl.float32) * total
+
+
+@triton.jit
+def keep(k_at, v_at, slot, k, v, here, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr):
+    """Store the own key and value in their slot, if there is one and `here`."""
+    dq = tl.arange(0, BDQ)
+    dv = tl.arange(0, BDV)
+    writes = (slot >= 0) & here
+    tl.store(k_at + slot.to(tl.int64) * DQ + dq, k, mask=writes & (dq < DQ))
+    tl.store(v_at + slot.to(tl.int64) * DV + dv, v, mask=writes & (dv < DV))
+
+
+@triton.jit
 def absorb(top, total, acc, q, k, v, valid):
     """One step of the online softmax. q: (BDQ,), scaled to base 2; k: (N, BDQ), v: (N, BDV) of which `valid` (N,)."""
     s = tl.sum(k.to(tl.float32) * q[None, :], 1)
@@ -122,29 +166,17 @@ def attend_step(
     b = (program // H).to(tl.int64)
     h = program % H
     position = tl.load(POSITION)
-    in_chunk = (position % positions).to(tl.int32)
-    reads = READS + ((row_of_reads + in_chunk) * H + h).to(tl.int64) * (1 + 4 * PARTS)
-    places = PLACES + (row_of_places * H + h) * (4 * PARTS)
-    dq = tl.arange(0, BDQ)
+    reads, places = head_numbers(READS, PLACES, position, positions, row_of_reads, row_of_places, h, H, PARTS)
     dv = tl.arange(0, BDV)
     sees_own = tl.load(reads)
     after_previous(DEPENDENT)
-    qkv = QKV + b * (H * (2 * DQ + DV))
-    q = query_or_key(qkv + h * DQ, dq, h, True, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY)
-    q *= scale * LOG2E
-    k_own = query_or_key(
-        qkv + (H + h) * DQ, dq, h, False, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY
-    ).to(QKV.dtype.element_ty)
-    v_own = tl.load(qkv + 2 * H * DQ + h * DV + dv, mask=dv < DV, other=0.0)
-    counts = (sees_own != 0) & (split == 0)
-    top = tl.where(counts, tl.sum(q * k_own.to(tl.float32), 0), float("-inf"))
-    total = tl.where(counts, 1.0, 0.0)
-    acc = v_own.to(tl.float32) * total
+    q, k_own, v_own = own_numbers(
+        QKV, b, h, position, scale, TURNS, SCALE, n0, n1, inner, eps, H, DQ, DV, BDQ, BDV, NORM, ROTARY
+    )
+    top, total, acc = of_own_key(q, k_own, v_own, (sees_own != 0) & (split == 0))
     for part in tl.static_range(PARTS):
         slot, start, first, count, ring, k_at, v_at = part_numbers(reads, places, QKV, b, part, DQ, DV)
-        writes = (slot >= 0) & (split == 0)
-        tl.store(k_at + slot.to(tl.int64) * DQ + dq, k_own, mask=writes & (dq < DQ))
-        tl.store(v_at + slot.to(tl.int64) * DV + dv, v_own, mask=writes & (dv < DV))
+        keep(k_at, v_at, slot, k_own, v_own, split == 0, DQ, DV, BDQ, BDV)
         begin = (count.to(tl.int64) * split // SPLITS).to(tl.int32)
         end = (count.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
         for from_ in tl.range(begin, end, BN, num_stages=1):
@@ -182,10 +214,7 @@ def attend_out_step(
     b = (program // H).to(tl.int64)
     h = program % H
     position = tl.load(POSITION)
-    in_chunk = (position % positions).to(tl.int32)
-    reads = READS + ((row_of_reads + in_chunk) * H + h).to(tl.int64) * (1 + 4 * PARTS)
-    places = PLACES + (row_of_places * H + h) * (4 * PARTS)
-    dq = tl.arange(0, BDQ)
+    reads, places = head_numbers(READS, PLACES, position, positions, row_of_reads, row_of_places, h, H, PARTS)
     dv = tl.arange(0, BDV)
     n = tl.program_id(1) * BO + tl.arange(0, BO)
     sees_own = tl.load(reads)
@@ -202,21 +231,13 @@ def attend_out_step(
     w = tl.load(W + n[:, None] * (H * DV) + h * DV + dv[None, :], mask=inside, other=0.0)
     bias = tl.load(BIAS + n, mask=(n < C) & (h == 0), other=0.0).to(tl.float32)
     after_previous(DEPENDENT)
-    qkv = QKV + b * (H * (2 * DQ + DV))
-    q = query_or_key(qkv + h * DQ, dq, h, True, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY)
-    q *= scale * LOG2E
-    k_own = query_or_key(
-        qkv + (H + h) * DQ, dq, h, False, position, TURNS, SCALE, n0, n1, inner, eps, DQ, NORM, ROTARY
-    ).to(QKV.dtype.element_ty)
-    v_own = tl.load(qkv + 2 * H * DQ + h * DV + dv, mask=dv < DV, other=0.0)
-    top = tl.where(sees_own != 0, tl.sum(q * k_own.to(tl.float32), 0), float("-inf"))
-    total = tl.where(sees_own != 0, 1.0, 0.0)
-    acc = v_own.to(tl.float32) * total
+    q, k_own, v_own = own_numbers(
+        QKV, b, h, position, scale, TURNS, SCALE, n0, n1, inner, eps, H, DQ, DV, BDQ, BDV, NORM, ROTARY
+    )
+    top, total, acc = of_own_key(q, k_own, v_own, sees_own != 0)
     for part in tl.static_range(PARTS):
         slot, start, begin, count, ring, k_at, v_at = numbers[part]
-        writes = (slot >= 0) & first
-        tl.store(k_at + slot.to(tl.int64) * DQ + dq, k_own, mask=writes & (dq < DQ))
-        tl.store(v_at + slot.to(tl.int64) * DV + dv, v_own, mask=writes & (dv < DV))
+        keep(k_at, v_at, slot, k_own, v_own, first, DQ, DV, BDQ, BDV)
         k, v = early[part]
         top, total, acc = absorb(top, total, acc, q, k, v, at < count)
         for from_ in tl.range(BN, count, BN, num_stages=1):
