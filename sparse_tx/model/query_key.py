@@ -23,10 +23,12 @@ class QueryKey(nn.Module):
 
     def __init__(self, heads: int, qk: int, *, norm: bool, shape: tuple[int, ...] | None) -> None:
         super().__init__()
-        self.heads, self.qk, self.norm, self.shape = heads, qk, norm, shape
+        self.heads, self.qk, self.norm = heads, qk, norm
+        rows, columns, *inner = shape or (1, 1)
+        self.axes = rows, columns, math.prod(inner)  # places on both, and positions to a place on the second
         if norm:
             self.temperature = nn.Parameter(torch.zeros(heads))
-        turns = None if shape is None else _turns(shape[:2], qk // heads // 4)
+        turns = None if shape is None else _turns((rows, columns), qk // heads // 4)
         self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, qkv: Tensor, position: Tensor | None = None) -> Tensor:
@@ -36,7 +38,7 @@ class QueryKey(nn.Module):
         if self.norm:
             scale = torch.stack([self.temperature.exp(), torch.ones_like(self.temperature)])  # (2, H)
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * scale[..., None]
-        if self.shape is not None:
+        if self.turns is not None:
             if position is None:
                 position = torch.arange(qkv.shape[-2], device=qkv.device)
             cos, sin = self.angles(position)[..., None, None, :, :].unbind(-1)  # (S, 1, 1, D / 2)
@@ -46,9 +48,8 @@ class QueryKey(nn.Module):
 
     def angles(self, position: Tensor) -> Tensor:
         """(S, D / 2, 2): cosine and sine of each pair's angle. position: (S,) int64."""
-        assert self.shape is not None
         assert self.turns is not None
-        rows, columns, inner = self.shape[0], self.shape[1], math.prod(self.shape[2:])
+        rows, columns, inner = self.axes
         row, column = position // (columns * inner), position // inner % columns
         return torch.cat([self.turns[row], self.turns[rows + column]], 1)
 

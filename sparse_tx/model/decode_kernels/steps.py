@@ -3,7 +3,6 @@ share a head's keys."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -192,12 +191,12 @@ class FusedSteps:
         """What the attention kernels ask for of a layer and a position."""
         row = self.reads.kind[layer] * self.reads.positions
         found = self.weights[layer].query_key
-        n0, n1, *inner = (found and found.shape) or (1, 1)
+        axes = (1, 1, 1) if found is None else found.axes
         turns = self.x if found is None or found.turns is None else found.turns  # any tensor where it takes none
         scale = self.scales[layer] if self.scales else self.x
         return (
             self.reads.table, self.places, position, self.reads.positions, row, layer, self.Dqk**-0.5,
-            turns, scale, n0, n1, math.prod(inner), QUERY_KEY_EPS,
+            turns, scale, *axes, QUERY_KEY_EPS,
         )  # fmt: skip
 
     def _sizes(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,35 +16,41 @@ _TILE = 4096  # elements that a program holds at a time; not tuned
 
 
 @triton.jit
-def _places(m, MORE, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr):
-    """Offsets of the first and the second half of the heads m, and which of the numbers are there."""
+def _halves(m, MORE, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr):
+    """Offsets of both halves of the heads m, and which of their numbers are there."""
     i = tl.arange(0, BP)
     first: tl.constexpr = (D + 1) // 2
-    at = (m // HEADS).to(tl.int64) * WIDTH + m % HEADS * D
+    at = ((m // HEADS).to(tl.int64) * WIDTH + m % HEADS * D)[:, None] + i[None, :]
     inside = (m < MORE)[:, None]
-    return (
-        at[:, None] + i[None, :],
-        inside & (i < first)[None, :],
-        inside & (i < D - first)[None, :],
-        i,
-    )
+    return at, inside & (i < first)[None, :], at + first, inside & (i < D - first)[None, :]
 
 
 @triton.jit
-def _angles(TABLE, m, i, MORE, S, HEADS: tl.constexpr, D: tl.constexpr, N0, N1, INNER):
+def _load(X, at, mask):
+    return tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _angles(TURNS, m, MORE, S, HEADS: tl.constexpr, D: tl.constexpr, BP: tl.constexpr, N0, N1, INNER):
     """Cosine and sine for each pair of the heads m: the first half of the pairs by row, the second by column."""
+    i = tl.arange(0, BP)
     place = m // HEADS % S
     row, column = place // (N1 * INNER), place // INNER % N1
     quarter: tl.constexpr = D // 4
     line = tl.where((i < quarter)[None, :], row[:, None], N0 + column[:, None])
     at = 2 * (line * quarter + (i % quarter)[None, :])
     inside = (m < MORE)[:, None] & (i < D // 2)[None, :]
-    return tl.load(TABLE + at, mask=inside, other=0.0), tl.load(TABLE + at + 1, mask=inside, other=0.0)
+    return _load(TURNS, at, inside), _load(TURNS, at + 1, inside)
+
+
+@triton.jit
+def _turned(a, b, cos, sin):
+    return a * cos - b * sin, b * cos + a * sin
 
 
 @triton.jit
 def query_key_forward(
-    X, SCALE, TABLE, STDS, MORE, S, N0, N1, INNER, eps,
+    X, SCALE, TURNS, STDS, MORE, S, N0, N1, INNER, eps,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
     NORM: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
@@ -54,10 +59,8 @@ def query_key_forward(
     SCALE (H,): exp of the temperatures. STDS (T, 2 H): 1 / root mean square. Grid (cdiv(MORE, R),).
     """
     m = tl.program_id(0) * R + tl.arange(0, R)
-    at, left, right, i = _places(m, MORE, 2 * H, D, WIDTH, BP)
-    second: tl.constexpr = (D + 1) // 2
-    a = tl.load(X + at, mask=left, other=0.0).to(tl.float32)
-    b = tl.load(X + at + second, mask=right, other=0.0).to(tl.float32)
+    at_a, in_a, at_b, in_b = _halves(m, MORE, 2 * H, D, WIDTH, BP)
+    a, b = _load(X, at_a, in_a), _load(X, at_b, in_b)
     if NORM:
         std = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)
         tl.store(STDS + m, std, mask=m < MORE)
@@ -66,17 +69,15 @@ def query_key_forward(
         a *= std[:, None]
         b *= std[:, None]
     if ROTARY:
-        cos, sin = _angles(TABLE, m, i, MORE, S, 2 * H, D, N0, N1, INNER)
-        turned = a * cos - b * sin
-        b = b * cos + a * sin
-        a = turned
-    tl.store(X + at, a.to(X.dtype.element_ty), mask=left)
-    tl.store(X + at + second, b.to(X.dtype.element_ty), mask=right)
+        cos, sin = _angles(TURNS, m, MORE, S, 2 * H, D, BP, N0, N1, INNER)
+        a, b = _turned(a, b, cos, sin)
+    tl.store(X + at_a, a.to(X.dtype.element_ty), mask=in_a)
+    tl.store(X + at_b, b.to(X.dtype.element_ty), mask=in_b)
 
 
 @triton.jit
 def query_key_backward(
-    Y, DY, SCALE, TABLE, STDS, DOTS, MORE, S, N0, N1, INNER,
+    Y, DY, SCALE, TURNS, STDS, DOTS, MORE, S, N0, N1, INNER,
     H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr, R: tl.constexpr,
     NORM: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
@@ -86,13 +87,10 @@ def query_key_backward(
     turn^-1(s d - y mean(y d) / s) / rms, and that of the temperature ln s is sum(y d): DOTS (T, H), of queries.
     """
     m = tl.program_id(0) * R + tl.arange(0, R)
-    at, left, right, i = _places(m, MORE, 2 * H, D, WIDTH, BP)
-    second: tl.constexpr = (D + 1) // 2
-    da = tl.load(DY + at, mask=left, other=0.0).to(tl.float32)
-    db = tl.load(DY + at + second, mask=right, other=0.0).to(tl.float32)
+    at_a, in_a, at_b, in_b = _halves(m, MORE, 2 * H, D, WIDTH, BP)
+    da, db = _load(DY, at_a, in_a), _load(DY, at_b, in_b)
     if NORM:
-        a = tl.load(Y + at, mask=left, other=0.0).to(tl.float32)
-        b = tl.load(Y + at + second, mask=right, other=0.0).to(tl.float32)
+        a, b = _load(Y, at_a, in_a), _load(Y, at_b, in_b)
         dot = tl.sum(a * da, 1) + tl.sum(b * db, 1)
         head = m % (2 * H)
         tl.store(DOTS + m // (2 * H) * H + head, dot, mask=(m < MORE) & (head < H))
@@ -103,12 +101,10 @@ def query_key_backward(
         da = da * own - a * along
         db = db * own - b * along
     if ROTARY:
-        cos, sin = _angles(TABLE, m, i, MORE, S, 2 * H, D, N0, N1, INNER)
-        turned = da * cos + db * sin
-        db = db * cos - da * sin
-        da = turned
-    tl.store(DY + at, da.to(DY.dtype.element_ty), mask=left)
-    tl.store(DY + at + second, db.to(DY.dtype.element_ty), mask=right)
+        cos, sin = _angles(TURNS, m, MORE, S, 2 * H, D, BP, N0, N1, INNER)
+        da, db = _turned(da, db, cos, -sin)
+    tl.store(DY + at_a, da.to(DY.dtype.element_ty), mask=in_a)
+    tl.store(DY + at_b, db.to(DY.dtype.element_ty), mask=in_b)
 
 
 class _QueryKey(torch.autograd.Function):
@@ -136,15 +132,9 @@ class _QueryKey(torch.autograd.Function):
             dots = torch.empty(len(stds), layer.heads, dtype=torch.float32, device=d.device)
         grid, numbers, sizes = _launch(layer, d)
         query_key_backward[grid](
-            _given(y, d),
-            d,
-            _given(scale, d),
-            _given(layer.turns, d),
-            _given(stds, d),
-            _given(dots, d),
-            *numbers,
-            **sizes,
-        )
+            _given(y, d), d, _given(scale, d), _given(layer.turns, d), _given(stds, d), _given(dots, d),
+            *numbers, **sizes,
+        )  # fmt: skip
         d_temperature = None if dots is None else dots.sum(0).to(layer.temperature.dtype)
         return d, d_temperature, None
 
@@ -160,11 +150,10 @@ def _launch(layer: QueryKey, qkv: Tensor) -> tuple[tuple[int], tuple[int, ...], 
     H = layer.heads
     D = layer.qk // H
     many = qkv.shape[:-1].numel() * 2 * H
-    n0, n1, *rest = layer.shape or (1, 1)
     BP = triton.next_power_of_2((D + 1) // 2)
     R = max(1, _TILE // (2 * BP))
-    sizes = {"H": H, "D": D, "WIDTH": width, "BP": BP, "R": R, "NORM": layer.norm, "ROTARY": layer.shape is not None}
-    return (triton.cdiv(many, R),), (many, S, n0, n1, math.prod(rest)), {**sizes, "num_warps": 4}
+    sizes = {"H": H, "D": D, "WIDTH": width, "BP": BP, "R": R, "NORM": layer.norm, "ROTARY": layer.turns is not None}
+    return (triton.cdiv(many, R),), (many, S, *layer.axes), {**sizes, "num_warps": 4}
 
 
 def prepared(qkv: Tensor, layer: QueryKey) -> Tensor:
