@@ -18,11 +18,13 @@ class Place(NamedTuple):
     mirrored: bool = False
 
 
-def _splitmix64(z: np.ndarray) -> np.ndarray:
-    """A hash of each of z (uint64), which are to be multiples of the golden ratio apart (Steele et al. 2014)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _splitmix64(key: np.uint64, counters: np.ndarray) -> np.ndarray:
+    """A random word (uint64) for each counter, without those before it (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = key + (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
 
 
 class TrainingOrder:
@@ -47,8 +49,7 @@ class TrainingOrder:
         """The offset of each epoch, of a whole range of epochs at once."""
         if self.kind == "image":
             return np.zeros(len(epochs), np.int64)
-        with np.errstate(over="ignore"):
-            z = _splitmix64(self._key + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+        z = _splitmix64(self._key, epochs)
         # A set shorter than two windows takes only the offsets that leave it one.
         choices = min(self.context, self.length - self.context + 1)
         return (z % np.uint64(choices)).astype(np.int64)
@@ -84,9 +85,7 @@ class TrainingOrder:
 
     def mirrored(self, entry: int) -> bool:
         """Whether the entry's image is mirrored where half of them are."""
-        with np.errstate(over="ignore"):
-            z = self._key + np.array([entry + 1], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            return bool(_splitmix64(z)[0] & np.uint64(1))
+        return bool(_splitmix64(self._key, np.array([entry]))[0] & np.uint64(1))
 
     def _enter(self, epoch: int, first: int):
         which = np.array([epoch])
