@@ -68,8 +68,8 @@ def _shape(spec: ModelSpec) -> list[str]:
     numbers = {"stride": a.stride, "c": a.c, "reach": a.reach, "global tokens": a.global_tokens}
     given = ", ".join(f"{name} {value}" for name, value in numbers.items() if value is not None)
     parameters = cost_of(spec).parameters
-    own = {"qk_norm": False, "rotary": False, "activation": "gelu", "init": "paper"}
-    others = [f"`model.{k}={str(v).lower()}`" for k, paper in own.items() if (v := getattr(spec, k)) != paper]
+    own = ("qk_norm", "rotary", "activation", "init")  # as in the paper by default
+    others = [f"`model.{k}={str(v).lower()}`" for k in own if (v := getattr(spec, k)) != getattr(ModelSpec, k)]
     return [
         "| parameters | context | layers | width | heads | attention |",
         "| --- | --- | --- | --- | --- | --- |",
