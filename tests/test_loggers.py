@@ -3,7 +3,6 @@
 import csv
 import json
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from sparse_tx.training import run as run_module
 from sparse_tx.training import wandb_run
 from sparse_tx.training.wandb_run import WandbRun
 
-pytest.importorskip("wandb")
+wandb = pytest.importorskip("wandb")
 OFFLINE = ("logger=wandb", "logger.wandb.offline=true")
 
 
@@ -24,8 +23,7 @@ OFFLINE = ("logger=wandb", "logger.wandb.offline=true")
 def _no_account(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()  # a session of an earlier test would keep that test's environment
+    wandb.teardown()  # a session of an earlier test would keep that test's environment
 
 
 def folder_of(run):
@@ -38,7 +36,6 @@ def records(folder):
     The file is LevelDB's log: 7 bytes, then blocks of 32 KiB of (checksum, length, type) and data; types 1 and 4 end a
     record.
     """
-    import wandb
     from wandb.proto import wandb_internal_pb2
 
     wandb.teardown()  # its service writes the end of the file some time after the end of the run
