@@ -144,8 +144,13 @@ def test_a_logging_service_that_dies_is_told_once_and_the_run_goes_on(trained, m
         return logger
 
     monkeypatch.setattr(WandbRun, "started", dying)
-    assert trained(*OFFLINE)["steps"] == 6
+    lost = trained(*OFFLINE)
+    assert lost["steps"] == 6
     assert capfd.readouterr().err.count("wandb: stopped logging (lost)") == 1
+    monkeypatch.setattr(WandbRun, "started", started)
+    following = trained(*OFFLINE)  # in the same process, as in a sweep
+    assert len(history(folder_of(following))) > 0
+    assert start_of(folder_of(following)).run_id != start_of(folder_of(lost)).run_id
 
 
 def test_without_a_key_wandb_is_offline_and_a_key_of_its_host_is_found(monkeypatch, tmp_path):

@@ -31,7 +31,10 @@ class WandbRun(WandbLogger):
         """A run that has begun: at the server, or offline if that is asked for or the server does not answer."""
         import wandb
 
-        quiet = wandb.Settings(quiet=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+        # Of its own: Lightning would go on with the run before in this process, whose service may have died.
+        quiet = wandb.Settings(
+            quiet=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, reinit="create_new"
+        )
         if not offline:
             logger = cls(**settings, settings=quiet)
             try:
