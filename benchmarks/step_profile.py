@@ -15,7 +15,7 @@ BYTES_PER_SECOND = {"H200": 4.27e12, "H100": 3.0e12}  # device-to-device copy, m
 FLOPS_PER_SECOND = 673e12  # bf16 matrix product, H200
 CLASSES = {  # by the first pattern that a kernel's name fits
     "attention": r"attention|flash|fmha|flex|sdpa|(window|column|chain|compact)_(for|back)ward",
-    "products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem",
+    "products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem|contract_(product|backward)",
     "optimizer, clipping, average": r"multi_tensor|adam|lpnorm|foreach",
     "loss": r"log_softmax|softmax|nll|logsumexp|cross_entropy",
     "gelu": r"activation|sigmoid|gelu",
@@ -69,9 +69,11 @@ def floors(spec: ModelSpec, batch: int, parameters: int) -> dict[str, float]:
     products = cost.flops * batch - attention
     moved = spec.layers * tokens * 2 * (3 * (2 * spec.qk + 2 * spec.width))
     residual = spec.layers * tokens * spec.width * 2 * ((4 + 2 + 4 + 2) + (4 + 2 + 4 + 4 + 2))
+    # Of each product, both ways: what goes in and what comes out, three times each.
+    through = spec.layers * tokens * 2 * 3 * (6 * spec.width + 2 * spec.qk + 2 * spec.ff)
     gelu = spec.layers * tokens * spec.ff * 2 * 5
     return {
-        "products": products / FLOPS_PER_SECOND * 1e3,
+        "products": max(products / FLOPS_PER_SECOND, through / rate) * 1e3,
         "attention": max(attention * 7 / 6 / FLOPS_PER_SECOND, moved / rate) * 1e3,
         "norm, residual, dropout": residual / rate * 1e3,
         "gelu": gelu / rate * 1e3,

@@ -119,6 +119,38 @@ def test_hidden_units_by_parts_of_the_rows_give_the_gradients_of_the_whole(monke
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * float(theirs.abs().max()) + 1e-9)
 
 
+@pytest.mark.parametrize(("widest", "usable"), [(256, True), (16, True), (256, False)])
+@pytest.mark.parametrize("recompute", ["none", "activation", "feedforward"])
+def test_products_with_the_activation_err_no_more_than_twice_what_plain_blocks_err(
+    monkeypatch, widest, usable, recompute
+):
+    """Both products ours; the gradient's alone, with f(u) kept or made again; both the library's."""
+    from sparse_tx.model.fused import linear as linear_module
+    from sparse_tx.model.fused import products
+
+    model = model_of(layers=2)
+    _, exact = trained(model)
+    _, plain = trained(model, dtype=LOW)
+    model.fuse_blocks()
+    called = {"contract": 0, "hidden_gradient": 0}
+    for name in called:
+        real = getattr(products, name)
+        counted = lambda *a, name=name, real=real, **k: (called.update({name: called[name] + 1}), real(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(products, name, counted)
+    monkeypatch.setattr(linear_module, "WIDEST", widest)
+    if not usable:
+        monkeypatch.setattr(products, "usable", lambda *_: False)
+    for block in model.blocks:
+        block.recompute = recompute
+    loss, grads = trained(model, dtype=LOW)
+    assert error(grads, exact) <= 2 * error(plain, exact)
+    if DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
+        assert called == {"contract": 2 * (usable and widest == 256), "hidden_gradient": 2 * usable}
+    again, same = trained(model, dtype=LOW)
+    assert torch.equal(again, loss)
+    assert all(torch.equal(a, b) for a, b in zip(same, grads, strict=True))
+
+
 def test_cheap_recompute_runs_attention_once_and_block_twice(monkeypatch):
     from sparse_tx.attention.kernels import launch
 

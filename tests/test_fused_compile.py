@@ -22,9 +22,10 @@ KERNELS = {
 
 def launches(monkeypatch, C, F, dtype, residual, p, kind):
     """Of a norm, queries and keys, a sum and a feed-forward of (2, 3072, C), forward and backward."""
-    from sparse_tx.model.fused import linear, norm, query_key
+    from sparse_tx.model.fused import linear, norm, products, query_key
 
     found = []
+    monkeypatch.setattr(products, "usable", lambda *_: False)  # below
     for module in (norm, linear, query_key):
         for name in KERNELS[module.__name__.rpartition(".")[2]]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
@@ -65,3 +66,25 @@ def test_every_launch_compiles_and_fits_shared_memory(monkeypatch, case, capabil
     for kernel, args, named in found:
         binary = compiled(kernel, args, named, capability)
         assert binary.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel.__name__, named)
+
+
+@pytest.mark.parametrize(("C", "F"), [(256, 512), (512, 2048), (40, 88)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_with_the_activation_compile_for_the_copy_engine_and_fit_shared_memory(monkeypatch, C, F, dtype):
+    from sparse_tx.model.fused import products
+
+    found = []
+    for name in ("contract_product", "contract_backward"):
+        monkeypatch.setattr(products, name, Recorder(getattr(products, name), found))
+    monkeypatch.setattr(products, "total", lambda shares: shares[0])
+    d_a, weight, u = (torch.empty(*s, dtype=dtype, device="meta") for s in ((6144, C), (C, F), (6144, F)))
+    for kind in ("gelu", "relu2"):
+        products.contract(u, weight, kind, torch.empty_like(d_a))
+        for again in (False, True):
+            products.hidden_gradient(d_a, weight, u, kind, again=again)
+    monkeypatch.undo()
+    assert len(found) == 6
+    for kernel, args, named in found:
+        binary = compiled(kernel, args, named, 90)
+        assert binary.metadata.shared <= SHARED_KIB[90] * 1024, (kernel.__name__, named)
+        assert "wgmma.mma_async" in binary.asm["ptx"]  # Triton 3.6 needs it where the copy engine brings the tiles

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 def test_fused_blocks_pass_in_the_interpreter():
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-n0", "-x", str(here / "test_fused.py")]
+    files = [str(here / name) for name in ("test_fused.py", "test_products.py")]
+    command = [sys.executable, "-m", "pytest", "-n0", "-x", *files]
     done = subprocess.run(
         command, cwd=here.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

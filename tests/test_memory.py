@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
+from sparse_tx.model.fused import WIDEST
 from sparse_tx.model.spec import RECOMPUTE
 from sparse_tx.training.memory import INNER, PLAIN, by_policy, choose, memory_of
 from sparse_tx.training.optimizer import build_optimizer
@@ -50,12 +51,17 @@ def test_what_plain_blocks_keep_is_what_is_expected(again, change):
 
 @pytest.mark.parametrize("blocks", INNER)
 def test_running_more_again_takes_less(blocks):
-    policies = by_policy(sized(), 4, half=True, blocks=blocks, optimizer="adamw")
+    policies = by_policy(sized(width=2 * WIDEST), 4, half=True, blocks=blocks, optimizer="adamw")
     kept = {again: m.kept for again, m in policies.items()}
     pairs = [("none", "activation"), ("activation", "feedforward"), ("none", "attention"), ("attention", "block")]
     pairs += [("feedforward", "cheap"), ("attention", "cheap"), ("cheap", "block")]
     assert all(kept[more] < kept[less] for less, more in pairs if {less, more} <= kept.keys())
     assert list(policies) == [p for p in RECOMPUTE if p in policies]
+
+
+def test_fused_blocks_of_narrow_models_keep_no_activation():
+    narrow = by_policy(sized(width=WIDEST), 4, half=True, blocks="fused", optimizer="adamw")
+    assert narrow["activation"] == narrow["none"]
 
 
 def test_the_fastest_that_fits_is_taken_and_else_the_smallest():

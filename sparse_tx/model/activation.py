@@ -7,12 +7,19 @@ import triton.language as tl
 
 
 @triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-1.702 x)): with a root and its square half of the instructions that a division takes."""
+    root = tl.rsqrt(1 + tl.exp2(-2.4554669595930157 * x))
+    return root * root
+
+
+@triton.jit
 def activated(x, KIND: tl.constexpr):
     """f(x), float32."""
     if KIND == "relu2":
         x = tl.maximum(x, 0.0)
         return x * x
-    return x * (1 / (1 + tl.exp(-1.702 * x)))
+    return x * _sigmoid(x)
 
 
 @triton.jit
@@ -21,5 +28,5 @@ def activated_and_slope(x, KIND: tl.constexpr):
     if KIND == "relu2":
         x = tl.maximum(x, 0.0)
         return x * x, 2 * x
-    s = 1 / (1 + tl.exp(-1.702 * x))
+    s = _sigmoid(x)
     return x * s, s + 1.702 * x * s * (1 - s)

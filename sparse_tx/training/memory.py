@@ -7,11 +7,11 @@ width of the queries, F inner width, H heads. A block keeps for each token
     attention half: normed input, q k v, output, log-sum-exp       s (3 C + 2 Q) + 4 H
     feed-forward: normed input, inner activations                  s (C + i F)
 
-where i is 2 in fused and compiled blocks and in those with relu2, and else 3 in plain ones. A norm of queries and keys
-adds 8 H to the attention half, in blocks that are not fused s (C + 2 Q) too, and 8 Q in plain ones. Of these, by what
-is run again: `activation` drops s F; `feedforward` 2 s F; `attention` the attention half, of which it keeps one sum, in
-fused blocks its norm; `cheap` keeps r C and the output and log-sum-exp of attention itself, s C + 4 H; `block` keeps r
-C. What is dropped exists again for one block at a time.
+where i is 2 in compiled blocks, 3 in plain ones (2 with relu2), 2 in fused ones and there 1 up to a width of WIDEST. A
+norm of queries and keys adds 8 H to the attention half, in blocks that are not fused s (C + 2 Q) too, and 8 Q in plain
+ones. Of these, by what is run again: `activation` drops s F (where i is 1, nothing); `feedforward` all of i s F;
+`attention` the attention half, of which it keeps one sum, in fused blocks its norm; `cheap` keeps r C and the output
+and log-sum-exp of attention itself, s C + 4 H; `block` keeps r C. What is dropped exists again for one block at a time.
 
 Fused blocks with nothing run again took 40.8, 27.6 and 85.0 GiB (59M, batch 16; 95M, 4; 152M, 8; 34.8, 24.8 and 75.9
 with a stream in 16 bits) on an H200; this says 40.8, 28.2 and 86.0 (34.7, 25.2, 76.7).
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_tx.model import ModelSpec, Transformer
-from sparse_tx.model.fused import ROWS
+from sparse_tx.model.fused import ROWS, WIDEST
 from sparse_tx.model.loss import CHUNK
 from sparse_tx.model.spec import RECOMPUTE, VOCABULARY
 from sparse_tx.model.transformer import count_parameters
@@ -65,7 +65,7 @@ def memory_of(
     working = tokens * (residual * C + s * C + inside + (whole - kept))
     if blocks == "fused" and spec.recompute in ("feedforward", "cheap", "block") and tokens > ROWS:
         # Hidden units and their gradients exist for ROWS tokens at a time.
-        rest = tokens * (residual * C + s * C + whole - kept - 2 * s * F)
+        rest = tokens * (residual * C + s * C + whole - kept - s * F - _activation(spec, s, blocks))
         working = rest + max(ROWS * 4 * s * F, tokens * (s * (2 * Q + 2 * C) + 4 * H))
     chunk = min(tokens, CHUNK) * (VOCABULARY * (3 * 4 + 2 * s) + C * (3 * 4 + s))
     with torch.device("meta"):
@@ -84,16 +84,22 @@ def _kept(spec: ModelSpec, again: str, s: int, r: int, blocks: str) -> int:
     attention = r * C + 8 + s * (3 * C + 2 * Q) + 4 * H
     if spec.qk_norm:
         attention += {"fused": 0, "compiled": s * (C + 2 * Q), "plain": s * (C + 2 * Q) + 8 * Q}[blocks] + 8 * H
-    inner = s * F * (2 if spec.activation == "relu2" else INNER[blocks])
+    activation = _activation(spec, s, blocks)
+    inner = activation + s * F * ((2 if spec.activation == "relu2" else INNER[blocks]) - 1)
     feed_forward = r * C + 8 + s * C + inner
     return {
         "none": attention + feed_forward,
-        "activation": attention + feed_forward - s * F,
-        "feedforward": attention + feed_forward - 2 * s * F,
+        "activation": attention + feed_forward - activation,
+        "feedforward": attention + feed_forward - activation - s * F,
         "attention": feed_forward + (s * C if blocks == "fused" else r * C),
         "cheap": r * C + s * C + 4 * H,
         "block": r * C,
     }[again]
+
+
+def _activation(spec: ModelSpec, s: int, blocks: str) -> int:
+    """Bytes a token of the activation of hidden units."""
+    return 0 if blocks == "fused" and spec.width <= WIDEST else s * spec.ff
 
 
 def by_policy(

@@ -6,11 +6,14 @@ import torch
 
 from sparse_tx.attention.kernels import no_kernels
 
-__all__ = ["ROWS", "unsupported"]
+__all__ = ["ROWS", "WIDEST", "unsupported"]
 
 # Rows of the feed-forward's hidden units that exist at a time where they are made again: in 16 bits and 2,048 wide,
 # those of a million rows are 4 GiB, and the backward pass needs three such tensors.
 ROWS = 1 << 17
+# Width of a model up to which the activation of hidden units is never kept: the product that reads it makes it. Each
+# tile of 256 columns of a wider one would make it again.
+WIDEST = 256
 
 
 def unsupported(device: torch.device) -> str | None:

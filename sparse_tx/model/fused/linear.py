@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
 from sparse_tx.model.activation import activated, activated_and_slope
-from sparse_tx.model.fused import ROWS
+from sparse_tx.model.fused import ROWS, WIDEST, products
 from sparse_tx.model.fused.norm import Kept, Sum, sum_backward, sum_forward, tile_of, total
 from sparse_tx.model.parts import parts, weight_gradient
 
@@ -160,16 +160,12 @@ class _FeedForward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         rows = x.flatten(0, -2)
         hidden: tuple[Tensor | None, Tensor | None] = (None, None)
-        if kept == "none":
-            a = torch.empty(len(rows), len(low_contract), dtype=x.dtype, device=x.device)
-            for part in parts(len(rows), ROWS):
-                u = torch.addmm(low_bias, rows[part], low_expand.t())
-                torch.mm(activation(u, kind), low_contract.t(), out=a[part])
-        else:
-            u = torch.addmm(low_bias, rows, low_expand.t())
-            y = activation(u, kind)
-            a = y @ low_contract.t()
-            hidden = u, y if kept == "both" else None
+        a = torch.empty(len(rows), len(low_contract), dtype=x.dtype, device=x.device)
+        for part in parts(len(rows), ROWS) if kept == "none" else [slice(None)]:
+            u = torch.addmm(low_bias, rows[part], low_expand.t())
+            y = _contracted(u, low_contract, kind, a[part])
+            if kept != "none":
+                hidden = u, y if kept == "both" and len(low_contract) > WIDEST else None
         out, next_x, ends = sum_forward(h, a, Sum(bias, key, p, gain, shift, eps), x.dtype)
         ctx.save_for_backward(x, *hidden, low_expand, low_bias, low_contract, *ends)
         return out, next_x
@@ -184,8 +180,7 @@ class _FeedForward(torch.autograd.Function):
         found: list[Tensor] = []
         for part in parts(len(rows), ROWS) if u is None else [slice(None)]:
             u_part = torch.addmm(low_bias, rows[part], low_expand.t()) if u is None else u
-            d_u = d_a[part] @ low_contract
-            y_part, d_expand_bias = _activation_gradient(u_part, d_u, y, ctx.kind)
+            d_u, y_part, d_expand_bias = _hidden_gradient(d_a[part], low_contract, u_part, y, ctx.kind)
             torch.mm(d_u, low_expand, out=d_x.flatten(0, -2)[part])
             d_contract = weight_gradient(d_a[part], y_part, ctx.dtype)
             d_expand = weight_gradient(d_u, rows[part], ctx.dtype)
@@ -194,8 +189,26 @@ class _FeedForward(torch.autograd.Function):
         return d_x, *found, *[None] * 5, d_h, d_bias, None, None, d_gain, d_shift, None
 
 
-def _activation_gradient(u: Tensor, d: Tensor, y: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    """f(u), made again if y is None, and the sums of the columns of u's gradient, which d becomes. u, d: (T, F)."""
+def _contracted(u: Tensor, low_contract: Tensor, kind: str, a: Tensor) -> Tensor | None:
+    """a becomes f(u) W2^T. Returns f(u) where it was written. u (T, F), low_contract (C, F), a (T, C)."""
+    if len(low_contract) <= WIDEST and products.usable(u, low_contract, a):
+        products.contract(u, low_contract, kind, a)
+        return None
+    y = activation(u, kind)
+    torch.mm(y, low_contract.t(), out=a)
+    return y
+
+
+def _hidden_gradient(
+    d_a: Tensor, low_contract: Tensor, u: Tensor, y: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of u, f(u), made again if y is None, and the sums of the gradient's columns. d_a (T, C); u, y (T, F)."""
+    if products.usable(d_a, low_contract, u):
+        d, made, sums = products.hidden_gradient(d_a, low_contract, u, kind, again=y is None)
+        y = made if y is None else y
+        assert y is not None
+        return d, y, sums
+    d = d_a @ low_contract
     T, F = u.shape
     BF, R = tile_of(F, _TILE)
     blocks = triton.cdiv(T, R)
@@ -204,13 +217,14 @@ def _activation_gradient(u: Tensor, d: Tensor, y: Tensor | None, kind: str) -> t
     y = torch.empty_like(u) if y is None else y
     sizes = {"F": F, "BF": BF, "R": R, "KIND": kind, "STAGES": 2 if BF <= _TILE else 1}
     activation_backward[(len(shares),)](u, d, y, shares, T, blocks, **sizes, AGAIN=again, num_warps=4)
-    return y, total(shares)[:F]
+    return d, y, total(shares)[:F]
 
 
 def feed_forward(x, layer, low: list[Tensor], kept: str, h, key, p, norm: torch.nn.LayerNorm | None):
     """As `joined`, of the whole feed-forward of x (B, S, C). low: weight and bias of `expand`, weight of `contract`.
 
-    kept: what is not made again in the backward pass, of W1 x + b1 and its activation: "both", "u" (the first), "none".
+    kept: what is not made again in the backward pass, of W1 x + b1 and its activation: "both" (the second only of
+    models wider than WIDEST), "u" (the first), "none".
     """
     ends = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     expand, contract = layer.expand, layer.contract
