@@ -110,7 +110,8 @@ def test_a_step_takes_the_memory_expected(blocks, again):
         optimizer.step()
     taken = torch.cuda.max_memory_allocated() - before
     assert len(average) == len(parameters)
-    assert taken == pytest.approx(memory_of(spec, 8, half=True, blocks=blocks).total, rel=0.15)
+    expected = memory_of(spec, 8, half=True, blocks=blocks).total
+    assert 0.8 * expected <= taken <= 1.05 * expected  # what is said to fit must fit
 
 
 def _adamw():
