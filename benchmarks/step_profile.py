@@ -38,6 +38,8 @@ def profile(step: Callable[[], object], least: dict[str, float], ms: float) -> l
     for event in profiler.key_averages():
         if event.device_type != torch.autograd.DeviceType.CUDA or not event.self_device_time_total:
             continue
+        if event.key.startswith("Optimizer."):  # a span over kernels that are counted themselves
+            continue
         name = next((c for c, words in CLASSES.items() if re.search(words, event.key, re.IGNORECASE)), "other")
         spent[name][event.key] = event.self_device_time_total / 1e3 / steps, event.count // steps
     found = []
@@ -86,7 +88,7 @@ def table(rows: list[dict]) -> str:
     total = sum(r["ms"] for r in rows)
     lines = ["", "| class | ms | share | launches | floor ms | kernels: ms (launches) |", "| --- " * 6 + "|"]
     for r in rows:
-        floor = "" if r["floor"] is None else f"{r['floor']:.2f} ({r['floor'] / max(r['ms'], 1e-9):.0%})"
+        floor = "" if r["floor"] is None or not r["ms"] else f"{r['floor']:.2f} ({r['floor'] / r['ms']:.0%})"
         lines.append(
             f"| {r['class']} | {r['ms']:.2f} | {r['ms'] / total:.1%} | {r['launches']} | {floor} "
             f"| {'; '.join(r['kernels'])} |"

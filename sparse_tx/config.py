@@ -336,7 +336,7 @@ def training(cfg: DictConfig) -> TrainConfig:
         )
     _one_of("data.unreadable", data.unreadable, ("refuse", "skip"))
     if data.mirror and data.kind != "image":
-        raise UserError(f"data.mirror=true is for images: data={data.name} has {data.kind}")
+        raise UserError(f"data.mirror=true is for images: data={data.name} has {data.kind}: use data.mirror=false")
     _one_of("optimizer", optimizer.name, ("adamw", "muon"))
     _one_of("optimizer.decay", optimizer.decay, ("cosine", "linear"))
     if not 0 <= optimizer.hold <= 1:

@@ -136,6 +136,7 @@ def test_completion_offers_commands_groups_options_keys_and_files(completed):
     assert completed("sparse-tx train dry_run=") == ["true", "false"]
     assert completed("sparse-tx evaluate checkpoint=ru") == ["runs"]
     assert completed("sparse-tx train experiment=cifar10_f", "COMP_WORDBREAKS=") == [
+        "experiment=cifar10_fast",
         "experiment=cifar10_fixed",
         "experiment=cifar10_full",
     ]

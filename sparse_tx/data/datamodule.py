@@ -107,7 +107,7 @@ class DataModule(lightning.LightningDataModule):
         if workers < 0:
             raise UserError(f"data.workers={workers} must be 0 or more")
         if mirror and spec.kind != "image":
-            raise UserError(f"data.mirror=true is for images: data={spec.name} has {spec.kind}")
+            raise UserError(f"data.mirror=true is for images: data={spec.name} has {spec.kind}: use data.mirror=false")
         self.spec, self.batch_size, self.seed, self.max_steps, self.mirror = spec, batch_size, seed, max_steps, mirror
         self.workers, self.eval_batch_size = workers, eval_batch_size
         self.min_context, self.eval_limit, self.overfit = min_context, eval_limit, overfit
