@@ -234,6 +234,14 @@ def test_the_operators_pass_opcheck():
     torch.library.opcheck(ops.packed_attention, (packed, 2, 16, numbers, 0.25))
 
 
+def test_a_second_derivative_is_refused():
+    q, k, v = (t.requires_grad_() for t in inputs(24))
+    out, _ = triton_attention(q, k, v, (Window(8),), 0.25)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='oracle'"):
+        dq.sum().backward()
+
+
 def test_compiled_whole_it_gives_the_same():
     from sparse_tx.attention import sparse_attention
 
