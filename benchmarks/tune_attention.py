@@ -66,6 +66,7 @@ def record(work: Workload, tensors: dict[str, torch.Tensor]) -> list:
     found: list = []
     real = {name: getattr(launch, name) for name in KERNELS}
     empty_like = torch.empty_like
+    launch.forget_plans()
     try:
         for name, kernel in real.items():
             setattr(launch, name, Recorder(name, kernel, found))
@@ -80,6 +81,7 @@ def record(work: Workload, tensors: dict[str, torch.Tensor]) -> list:
         torch.empty_like = empty_like
         for name, kernel in real.items():
             setattr(launch, name, kernel)
+        launch.forget_plans()
     return found
 
 

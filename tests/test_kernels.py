@@ -17,6 +17,16 @@ from sparse_tx.attention.oracle import oracle_attention
 pytestmark = MARKS
 
 
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Tests that exchange kernels or tables leave none of their plans behind, and find none."""
+    from sparse_tx.attention.kernels import launch
+
+    launch.forget_plans()
+    yield
+    launch.forget_plans()
+
+
 def kernel_patterns(l):
     c = max(1, l // 2)
     return [
@@ -240,6 +250,28 @@ def test_a_second_derivative_is_refused():
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="backend='oracle'"):
         dq.sum().backward()
+
+
+def test_a_call_is_planned_once_for_each_layout(monkeypatch):
+    from sparse_tx.attention import sparse_attention
+    from sparse_tx.attention.kernels import launch
+
+    planned, runs_of = [], launch.runs_of  # called once for each plan
+    monkeypatch.setattr(launch, "runs_of", lambda numbers: (planned.append(numbers), runs_of(numbers))[1])
+    patterns = (Window(7) | Column(7), Block(7) | Summary(7, 2))
+    v, *_ = inputs(28, 2, B=2)
+    room = torch.zeros(v.numel() + 1, device=DEVICE)
+    by_head = torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    kinds = {"dense": torch.empty_like(v), "shifted": room[1:].view(v.shape), "by head": by_head}
+    want = None
+    for kind, plans in (("dense", 2), ("dense", 2), ("shifted", 4), ("by head", 6), ("shifted", 6), ("dense", 6)):
+        qkv = [kinds[kind].copy_(v).requires_grad_(), v.clone().requires_grad_(), v.clone().requires_grad_()]
+        out = sparse_attention(*qkv, patterns, backend="triton")
+        got = out, *torch.autograd.grad(out, qkv, v)
+        kinds[kind].requires_grad_(False)
+        assert len(planned) == plans, kind  # one forward, one backward
+        want = got if want is None else want
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), kind
 
 
 def test_compiled_whole_it_gives_the_same():

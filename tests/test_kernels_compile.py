@@ -46,8 +46,9 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2):
     found = []
     for name in KERNELS:
         monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), found))
-    monkeypatch.setattr(launch, "_large", lambda t: capability in (80, 90))
-    monkeypatch.setattr(launch, "_has_copy_engine", lambda t: capability >= 90)
+    monkeypatch.setattr(launch, "_large", lambda device: capability in (80, 90))
+    monkeypatch.setattr(launch, "_has_copy_engine", lambda device: capability >= 90)
+    launch.forget_plans()
     H = len(patterns)
     q, k, v, out = (torch.empty(B, S, H, d, dtype=dtype, device="meta") for d in (Dqk, Dqk, Dv, Dv))
     lse = torch.empty(B, H, S, device="meta")
@@ -55,6 +56,7 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2):
     launch.forward(q, k, v, out, lse, numbers, 0.125)
     launch.backward(q, k, v, out, lse, out, lse, q, k, v, numbers, 0.125)
     monkeypatch.undo()
+    launch.forget_plans()
     return found
 
 
@@ -111,3 +113,37 @@ def test_every_launch_compiles_and_fits_shared_memory(monkeypatch, case, capabil
     for kernel, args, named in found:
         binary = compiled(kernel, args, named, capability)
         assert binary.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel.__name__, named)
+
+
+def test_what_triton_compiled_is_launched_again_with_all_arguments_in_place():
+    from sparse_tx.attention.kernels.handles import Described, Launch, layouts, operands
+
+    class Kernel:
+        arg_names = ("X", "n", "SIZE", "Y", "scale", "FLAG")
+
+        def __getitem__(self, grid):
+            def run(*args, **named):
+                ran.append(("looked up", grid, args, named))
+                return {grid: lambda *args: ran.append(("handle", grid, args))}
+
+            return run
+
+    ran = []
+    x, y = torch.zeros(8, 16), torch.zeros(8, 16, dtype=torch.bfloat16)
+    known = operands(layouts((x, y)), x.device)
+    one = Launch(
+        Kernel(), 3, Described(known[1], [8, 16], [16, 1], [4, 16]), 5, known[0], 0.5, FLAG=True, SIZE=16, num_warps=4
+    )
+    one((x, y))
+    others = torch.ones(8, 16), torch.ones(8, 16, dtype=torch.bfloat16)
+    one(others)
+    (_, grid, args, named), (how, again, all_args) = ran
+    assert named == {"FLAG": True, "SIZE": 16, "num_warps": 4}
+    assert (how, grid, again) == ("handle", (3, 1, 1), (3, 1, 1))
+    assert args[0].base is y
+    assert all_args[0].base is others[1]
+    assert vars(all_args[0]) | {"base": None} == vars(args[0]) | {"base": None}
+    assert args[2] is x
+    assert all_args[3] is others[0]
+    assert (args[1], args[3]) == (5, 0.5)
+    assert (*all_args[1:3], *all_args[4:]) == (5, 16, 0.5, True)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
 from sparse_tx.attention.kernels.column import column_backward, column_forward
 from sparse_tx.attention.kernels.configs import MOST_BACK, MOST_TILES, Config, Walk, config, power_of_two, walk
 from sparse_tx.attention.kernels.forward import attention_forward
+from sparse_tx.attention.kernels.handles import Described, Launch, Layout, Operand, layouts, operands
 from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Run, runs_of
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
 _LOG2E = 1.4426950408889634
-_LARGE: dict[int | None, bool] = {}
+_MOST_PLANS = 1024  # kept, of layouts and patterns: those of a few models
 
 
 class Chain(NamedTuple):
@@ -54,16 +55,13 @@ def _rows(run: Run, S: int) -> Chain:
     return Chain(part, N, min(R, S), 0, 1, run.tokens, (0, 0), run.local != NO_LOCAL, False, run.local == BLOCK)
 
 
-def _large(t: Tensor) -> bool:
+def _large(device: torch.device) -> bool:
     """Whether a program may have 160 KiB of shared memory."""
-    index = t.device.index
-    if index not in _LARGE:
-        _LARGE[index] = not t.is_cuda or torch.cuda.get_device_capability(t.device) in ((8, 0), (9, 0), (10, 0))
-    return _LARGE[index]
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
 
 
-def _has_copy_engine(t: Tensor) -> bool:
-    return not t.is_cuda or torch.cuda.get_device_capability(t.device) >= (9, 0)
+def _has_copy_engine(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Tiling(NamedTuple):
@@ -85,8 +83,8 @@ def _part(chain: Chain) -> str:
     return chain.part + next((f" {most}" for most in (32, 64, 128) if most >= chain.N), "")
 
 
-def _tiling(kernel: str, chain: Chain, q: Tensor, v: Tensor) -> Tiling:
-    chosen = config(kernel, _part(chain), q.shape[-1], v.shape[-1], q.element_size(), _large(q))
+def _tiling(kernel: str, chain: Chain, q: Operand, v: Operand) -> Tiling:
+    chosen = config(kernel, _part(chain), q.shape[-1], v.shape[-1], q.dtype.itemsize, _large(q.device))
     S = q.shape[1]
     if chain.strided:
         chosen = chosen._replace(rows=min(chosen.rows, power_of_two(chain.N)))
@@ -97,14 +95,14 @@ def _tiling(kernel: str, chain: Chain, q: Tensor, v: Tensor) -> Tiling:
     return Tiling(chosen, -(-S // advance), 1, advance, single)
 
 
-def _walk(kernel: str, chain: Chain, *tensors: Tensor) -> Walk | None:
+def _walk(kernel: str, chain: Chain, *tensors: Operand) -> Walk | None:
     """How to walk this pass with one program for many tiles; None where tiles of their own do better, or must do it.
 
     tensors: q, v and whatever else is read or written by rows.
     """
     q, v = tensors[:2]
     plain = chain.tokens == 0 and chain.skip == (0, 0)
-    if chain.part not in ("window", "column") or not plain or q.element_size() != 2:
+    if chain.part not in ("window", "column") or not plain or q.dtype.itemsize != 2:
         return None
     chosen = walk(kernel, _part(chain), q.shape[-1], v.shape[-1])
     if chosen is None:
@@ -118,7 +116,7 @@ def _walk(kernel: str, chain: Chain, *tensors: Tensor) -> Walk | None:
     return chosen if _copies(chain, *tensors) else None
 
 
-def _copies_tiles(chosen: Config, chain: Chain, *tensors: Tensor) -> bool:
+def _copies_tiles(chosen: Config, chain: Chain, *tensors: Operand) -> bool:
     """Whether the copy engine brings the tiles of this configuration.
 
     Only those that go on to the tensor cores from shared memory, while others are on their way: elsewhere Triton 3.6
@@ -127,49 +125,49 @@ def _copies_tiles(chosen: Config, chain: Chain, *tensors: Tensor) -> bool:
     return chosen.rows >= 64 and chosen.stages > 1 and _copies(chain, *tensors)
 
 
-def _copies(chain: Chain, *tensors: Tensor) -> bool:
+def _copies(chain: Chain, *tensors: Operand) -> bool:
     """Whether the copy engine can bring these tensors of a pass: whole columns, and whole 16 bytes of (B, H, S)."""
     q = tensors[0]
     whole = q.shape[1] % (chain.L if chain.strided else 4) == 0
-    return whole and q.element_size() == 2 and _has_copy_engine(q) and all(_copyable(t) for t in tensors)
+    return whole and q.dtype.itemsize == 2 and _has_copy_engine(q.device) and all(_copyable(t) for t in tensors)
 
 
-def _copyable(t: Tensor) -> bool:
+def _copyable(t: Operand) -> bool:
     """Whether the copy engine takes it: rows of whole 16 bytes, a power of two wide."""
     D = t.shape[-1]
-    whole = all(n > 0 and n * t.element_size() % 16 == 0 for n in _strides(t))
-    return whole and t.data_ptr() % 16 == 0 and D & (D - 1) == 0
+    whole = all(n > 0 and n * t.dtype.itemsize % 16 == 0 for n in _strides(t))
+    return whole and t.aligned and D & (D - 1) == 0
 
 
-def _descriptor(t: Tensor, chain: Chain, rows: int) -> TensorDescriptor:
+def _descriptor(t: Operand, chain: Chain, rows: int) -> Described:
     """Of t (B, S, H, D) as (B, H, S, D), or of its columns as (B, H, L, S / L, D), in blocks of `rows`; or of numbers
     (B, H, S).
     """
-    if t.dim() == 3:
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows])
+    if len(t.shape) == 3:
+        return Described(t, list(t.shape), list(t.strides), [1, 1, rows])
     B, S, H, D = t.shape
     b, s, h = _strides(t)
     width = power_of_two(D)
     if chain.strided:
         L = chain.L
-        return TensorDescriptor(t, [B, H, L, S // L, D], [b, h, s, s * L, 1], [1, 1, 1, rows, width])
-    return TensorDescriptor(t, [B, H, S, D], [b, h, s, 1], [1, 1, rows, width])
+        return Described(t, [B, H, L, S // L, D], [b, h, s, s * L, 1], [1, 1, 1, rows, width])
+    return Described(t, [B, H, S, D], [b, h, s, 1], [1, 1, rows, width])
 
 
-def _rows_descriptor(t: Tensor, chain: Chain, rows: int) -> TensorDescriptor:
+def _rows_descriptor(t: Operand, chain: Chain, rows: int) -> Described:
     """Of t (B, S, H, D) as (B, H, L, S / L, D), where L = 1 for the whole sequence, in blocks of `rows`."""
     return _descriptor(t, chain._replace(strided=True), rows)
 
 
-def _summary_descriptor(t: Tensor, run: Run, keys: int) -> TensorDescriptor:
+def _summary_descriptor(t: Operand, run: Run, keys: int) -> Described:
     """Of t (B, S, H, D) as (B, H, S / l, l, D), in blocks of `keys` columns of a summary."""
     B, S, H, D = t.shape
     b, s, h = _strides(t)
     shape, strides = [B, H, S // run.summary, run.summary, D], [b, h, s * run.summary, s, 1]
-    return TensorDescriptor(t, shape, strides, [1, 1, keys // run.c, run.c, power_of_two(D)])
+    return Described(t, shape, strides, [1, 1, keys // run.c, run.c, power_of_two(D)])
 
 
-def _copies_summary(run: Run, chosen: Config, chain: Chain, *tensors: Tensor) -> bool:
+def _copies_summary(run: Run, chosen: Config, chain: Chain, *tensors: Operand) -> bool:
     """Whether a step's summary columns are a block: whole, power-of-two rows of it, from the first on."""
     if chain.strided or not run.summary or run.tokens:
         return False
@@ -212,22 +210,45 @@ def _passes(run: Run, S: int) -> list[Chain]:
     return chains
 
 
-def _runs(numbers: list[int]) -> list[Run]:
+def _runs(numbers: Sequence[int]) -> list[Run]:
     return [single for run in runs_of(numbers) for single in _by_slot(run)]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, numbers: list[int], scale: float) -> None:
+def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, numbers: Sequence[int], scale: float) -> None:
     """Writes out (B, S, H, Dv) and lse (B, H, S)."""
-    B, S, H, Dqk = q.shape
-    Dv = v.shape[-1]
     if lse.numel() == 0:
         return
     if scale <= 0:  # the kernels scale after the maximum, which needs a positive scale
         q, scale = q * scale, 1.0
+    tensors = q, k, v, out, lse
+    _launch(plan_forward(layouts(tensors), q.device, tuple(numbers), scale), tensors)
+
+
+def _launch(launches: Sequence[Launch], tensors: tuple[Tensor, ...]) -> None:
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():  # Triton launches on the current one
+        with torch.cuda.device(device):
+            for launch in launches:
+                launch(tensors)
+        return
+    for launch in launches:
+        launch(tensors)
+
+
+# A plan knows nothing that is not an argument of it, but for the tables of sizes: it holds for every later call.
+@functools.lru_cache(_MOST_PLANS)
+def plan_forward(
+    known: tuple[Layout, ...], device: torch.device, numbers: tuple[int, ...], scale: float
+) -> tuple[Launch, ...]:
+    """Launches of a forward pass of q, k, v, out, lse, of these layouts. scale: above 0."""
+    q, k, v, out, lse = operands(known, device)
+    B, S, H, Dqk = q.shape
+    Dv = v.shape[-1]
+    launches = []
     for run in _runs(numbers):
         for turn, chain in enumerate(_passes(run, S)):
             if (walked := _walk("forward", chain, q, v, k, out)) is not None:
-                _walk_forward(chain, run, walked, turn > 0, q, k, v, out, lse, scale)
+                launches.append(_walk_forward(chain, run, walked, turn > 0, q, k, v, out, lse, scale))
                 continue
             chosen, tiles, per, advance, single = _tiling("forward", chain, q, v)
             copied, sum_copied = _copies_tiles(chosen, chain, q, k, v), _copies_summary(run, chosen, chain, k, v)
@@ -238,7 +259,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, numbers: 
                 else [q, k, v]
             )
             rest = [_summary_descriptor(t, run, chosen.keys) for t in (k, v)] if sum_copied else [k, v]
-            attention_forward[(tiles * B * run.heads,)](
+            launch = Launch(
+                attention_forward, tiles * B * run.heads,
                 *main, *rest, out, lse,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(out),
                 S, H, run.head, run.heads, tiles, per, scale * _LOG2E,
@@ -250,12 +272,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, numbers: 
                 COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
+            launches.append(launch)
+    return tuple(launches)
 
 
 def _walk_forward(
-    chain: Chain, run: Run, chosen: Walk, merge: bool, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    chain: Chain, run: Run, chosen: Walk, merge: bool, q: Operand, k: Operand, v: Operand, out: Operand, lse: Operand,
     scale: float,
-) -> None:  # fmt: skip
+) -> Launch:  # fmt: skip
     B, S, H, Dqk = q.shape
     Dv = v.shape[-1]
     constants = {"BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv), "BT": chosen.tile}
@@ -263,22 +287,22 @@ def _walk_forward(
     length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
     arguments = *(_descriptor(t, chain, chosen.tile) for t in (q, k, v, out)), lse, S, H, run.head, run.heads
     options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers}
-    grid = (chunks * B * run.heads,)
+    programs = chunks * B * run.heads
     if chain.strided:
-        column_forward[grid](
-            *arguments, chunks, length, chain.L, scale * _LOG2E,
+        return Launch(
+            column_forward, programs, *arguments, chunks, length, chain.L, scale * _LOG2E,
             NEAR=chain.near, R=chain.R, NT=-(-chain.N // chosen.tile), **constants, **options,
         )  # fmt: skip
-    else:
-        window_forward[grid](
-            *arguments, chunks, length, scale * _LOG2E, R=chain.R, MERGE=merge, **constants, **options
-        )  # fmt: skip
+    return Launch(
+        window_forward, programs, *arguments, chunks, length, scale * _LOG2E,
+        R=chain.R, MERGE=merge, **constants, **options,
+    )  # fmt: skip
 
 
 def _walk_backward(
     chain: Chain, run: Run, chosen: Walk, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
-    tensors: tuple[Tensor, ...], scale: float,
-) -> None:  # fmt: skip
+    tensors: list[Operand], scale: float,
+) -> Launch:  # fmt: skip
     """tensors: q, k, v, out, lse, dout, dlse, delta, dq, dk, dv."""
     q, v = tensors[0], tensors[2]
     B, S, H, Dqk = q.shape
@@ -287,28 +311,26 @@ def _walk_backward(
     tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
     length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
     by_pointer = (3,) if chain.strided else ()
-    described = [t if t.dim() in by_pointer else _descriptor(t, chain, chosen.tile) for t in tensors]
+    described = [t if len(t.shape) in by_pointer else _descriptor(t, chain, chosen.tile) for t in tensors]
     options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers, "HAS_DLSE": has_dlse}
-    grid = (chunks * B * run.heads,)
+    programs = chunks * B * run.heads
     arguments = *described, S, H, run.head, run.heads, chunks, length
     if chain.strided:
-        column_backward[grid](
-            *arguments, chain.L, scale * _LOG2E, scale,
+        return Launch(
+            column_backward, programs, *arguments, chain.L, scale * _LOG2E, scale,
             NEAR=chain.near, R=chain.R, NT=-(-chain.N // chosen.tile), STORE_DELTA=store_delta, **constants, **options,
         )  # fmt: skip
-    else:
-        window_backward[grid](
-            *arguments, scale * _LOG2E, scale, R=chain.R, ADD=add, DELTA_HERE=delta_here, **constants, **options
-        )  # fmt: skip
+    return Launch(
+        window_backward, programs, *arguments, scale * _LOG2E, scale,
+        R=chain.R, ADD=add, DELTA_HERE=delta_here, **constants, **options,
+    )  # fmt: skip
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-    dq: Tensor, dk: Tensor, dv: Tensor, numbers: list[int], scale: float,
+    dq: Tensor, dk: Tensor, dv: Tensor, numbers: Sequence[int], scale: float,
 ) -> None:  # fmt: skip
     """Writes dq, dk, dv, of any strides but the last."""
-    B, S, H, Dqk = q.shape
-    Dv = v.shape[-1]
     if q.numel() == 0:
         return
     if scale <= 0:
@@ -317,12 +339,23 @@ def backward(
         return
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
-    if dlse is not None:
-        dlse = dlse.contiguous()
-    has_dlse = dlse is not None
-    widths = Dqk, Dv, q.element_size(), _large(q)
-    constants = {"DQ": Dqk, "DV": Dv, "BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv)}
     delta = torch.empty_like(lse)
+    gradient = lse if dlse is None else dlse.contiguous()  # a tensor must stand there, if unread
+    tensors = q, k, v, out, lse, dout, gradient, delta, dq, dk, dv
+    _launch(plan_backward(layouts(tensors), q.device, tuple(numbers), scale, dlse is not None), tensors)
+
+
+@functools.lru_cache(_MOST_PLANS)
+def plan_backward(
+    known: tuple[Layout, ...], device: torch.device, numbers: tuple[int, ...], scale: float, has_dlse: bool
+) -> tuple[Launch, ...]:
+    """Launches of a backward pass of q, k, v, out, lse, dout, dlse, delta, dq, dk, dv, of these layouts."""
+    q, k, v, out, lse, dout, dlse, delta, dq, dk, dv = tensors = operands(known, device)
+    B, S, H, Dqk = q.shape
+    Dv = v.shape[-1]
+    widths = Dqk, Dv, q.dtype.itemsize, _large(device)
+    constants = {"DQ": Dqk, "DV": Dv, "BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv)}
+    launches = []
     for run in _runs(numbers):
         chains = _passes(run, S)
         compact = bool(run.summary or run.tokens)
@@ -333,17 +366,19 @@ def backward(
         here = single_first or (chains[0].part == "window" and len(chains) == 1)
         if not here:
             rows = 64
-            attention_delta[(-(-S // rows) * B * run.heads,)](
-                out, dout, dlse if dlse is not None else lse, delta, *_strides(out), *_strides(dout),
-                S, H, run.head, run.heads,
+            launch = Launch(
+                attention_delta, -(-S // rows) * B * run.heads,
+                out, dout, dlse, delta, *_strides(out), *_strides(dout), S, H, run.head, run.heads,
                 DV=Dv, BDV=power_of_two(Dv), BM=rows, HAS_DLSE=has_dlse, num_warps=4,
             )  # fmt: skip
+            launches.append(launch)
         for turn, (chain, (chosen, tiles, per, advance, single)) in enumerate(zip(chains, tilings, strict=True)):
             if (walked := walks[turn]) is not None:
-                _walk_backward(
-                    chain, run, walked, turn > 0, here and turn == 0, len(chains) > 1 or compact, has_dlse,
-                    (q, k, v, out, lse, dout, dlse if dlse is not None else lse, delta, dq, dk, dv), scale,
-                )  # fmt: skip
+                store_delta = len(chains) > 1 or compact
+                launch = _walk_backward(
+                    chain, run, walked, turn > 0, here and turn == 0, store_delta, has_dlse, tensors, scale
+                )
+                launches.append(launch)
                 continue
             copied = chosen.rows == chosen.keys and _copies_tiles(chosen, chain, q, k, v, dout)
             sum_copied = _copies_summary(run, chosen, chain, k, v)
@@ -352,8 +387,9 @@ def backward(
             numbers_of = [
                 _descriptor(t, chain, chosen.rows) if copied and not chain.strided else t for t in (lse, delta)
             ]
-            chain_backward[(tiles * B * run.heads,)](
-                *by_rows[:3], *by_summary, out, lse, by_rows[3], dlse if dlse is not None else lse, delta,
+            launch = Launch(
+                chain_backward, tiles * B * run.heads,
+                *by_rows[:3], *by_summary, out, lse, by_rows[3], dlse, delta,
                 *numbers_of, dq, dk, dv,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout),
                 *_strides(dq), *_strides(dk), *_strides(dv),
@@ -369,6 +405,7 @@ def backward(
                 HEAVY_LAST=chain.part == "fixed", COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
+            launches.append(launch)
         rows_chain = chains[-1]
         for L, C, is_global in ((run.summary, run.c, False), (S, min(run.tokens, S), True)):
             if not C:
@@ -379,7 +416,8 @@ def backward(
             copied = _copies_tiles(chosen, rows_chain, q, dout)
             by_rows = [_rows_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (q, dout)]
             numbers_of = [_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (lse, delta)]
-            compact_backward[(tiles * B * run.heads,)](
+            launch = Launch(
+                compact_backward, tiles * B * run.heads,
                 by_rows[0], k, v, lse, by_rows[1], delta, *numbers_of, dk, dv,
                 *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv),
                 S, H, run.head, run.heads, tiles, scale * _LOG2E, scale,
@@ -389,7 +427,15 @@ def backward(
                 sumL=0 if is_global else run.summary, sumC=run.c, COPIED=copied,
                 STAGES=chosen.stages, num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
+            launches.append(launch)
+    return tuple(launches)
 
 
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    return t.stride(0), t.stride(1), t.stride(2)
+def forget_plans() -> None:
+    """For tuning and tests, which exchange the tables of sizes and the kernels: plans made with others do not hold."""
+    plan_forward.cache_clear()
+    plan_backward.cache_clear()
+
+
+def _strides(t: Operand) -> tuple[int, int, int]:
+    return t.strides[0], t.strides[1], t.strides[2]

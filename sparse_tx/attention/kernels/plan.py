@@ -9,8 +9,11 @@ No key is in two parts: a key that two patterns of a union allow belongs to the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
 
 from sparse_tx.attention.patterns import AllowsKeys, Block, Column, Full, Global, Pattern, Summary, Window
 
@@ -37,12 +40,22 @@ class Run(NamedTuple):
 FIELDS = len(Run._fields)
 
 
-def runs_of(numbers: list[int]) -> list[Run]:
+def runs_of(numbers: Sequence[int]) -> list[Run]:
     return [Run(*numbers[at : at + FIELDS]) for at in range(0, len(numbers), FIELDS)]
 
 
-def plan(patterns: Sequence[AllowsKeys]) -> list[int]:
+def plan(patterns: Sequence[AllowsKeys]) -> tuple[int, ...]:
     """Runs of heads, flattened to integers. NotImplementedError names the pattern that the kernels cannot take."""
+    patterns = tuple(patterns)
+    if torch.compiler.is_compiling():  # it traces a function behind a cache, with a warning
+        return _plan(patterns)
+    try:
+        return _kept_plan(patterns)
+    except TypeError:  # a pattern of the user's that has no hash
+        return _plan(patterns)
+
+
+def _plan(patterns: tuple[AllowsKeys, ...]) -> tuple[int, ...]:
     runs: list[Run] = []
     for head, pattern in enumerate(patterns):
         one = _run(head, pattern)
@@ -51,7 +64,10 @@ def plan(patterns: Sequence[AllowsKeys]) -> list[int]:
             runs.append(one)
         else:
             runs[-1] = joined
-    return [number for run in runs for number in run]
+    return tuple(number for run in runs for number in run)
+
+
+_kept_plan = functools.lru_cache(_plan)
 
 
 def _join(run: Run, one: Run) -> Run | None:
