@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sparse_tx.attention.kernels import packed_attention as triton_packed
-from sparse_tx.attention.kernels import triton_attention, unsupported
+from sparse_tx.attention.kernels import triton_attention, unsupported, unsupported_widths
 from sparse_tx.attention.oracle import oracle_attention
-from sparse_tx.attention.patterns import AllowsKeys, Full
+from sparse_tx.attention.patterns import AllowsKeys, Full, Pattern
 
 BACKENDS = ("auto", "triton", "blocked", "sdpa", "oracle")
 
@@ -99,13 +99,12 @@ def packed_attention(
             "it must be (batch, sequence, 2 qk + heads Dv)"
         )
     widths = (qk, qk, qkv.shape[-1] - 2 * qk)
-    q, k, v = (t.unflatten(-1, (heads, -1)) for t in qkv.split(widths, -1))  # (B, S, H, D)
     if backend in ("auto", "triton"):
-        patterns = _check(q, k, v, pattern)
-        if backend == "triton" or _choose(q, k, v, patterns, return_lse=False) == "triton":
-            if (reason := unsupported(q, k, v, patterns)) is not None:
-                raise NotImplementedError(f"backend='triton' cannot run this: {reason}")
+        patterns = _by_head(pattern, heads)
+        dense = backend == "auto" and all(p == Full() for p in patterns)
+        if not dense and unsupported_widths(qkv, qk // heads, widths[2] // heads, patterns) is None:
             return triton_packed(qkv, patterns, qk // heads, scale)[0]
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in qkv.split(widths, -1))  # (B, S, H, D)
     return sparse_attention(q, k, v, pattern, scale=scale, backend=backend)
 
 
@@ -153,11 +152,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pattern: AllowsKeys | Sequence[Allow
         raise ValueError(f"q, k, v must share one float dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must be on one device, not {q.device}, {k.device}, {v.device}")
-    H = q.shape[2]
+    return _by_head(pattern, q.shape[2])
+
+
+def _by_head(pattern: AllowsKeys | Sequence[AllowsKeys], H: int) -> tuple[AllowsKeys, ...]:
+    """One for each of H heads. ValueError if it is not."""
     patterns = tuple(pattern) if isinstance(pattern, Sequence) else (pattern,) * H
     if len(patterns) != H:
         raise ValueError(f"{len(patterns)} patterns for {H} heads: give one for all heads, or one for each")
     for p in patterns:
-        if not isinstance(p, AllowsKeys):
+        if not isinstance(p, Pattern) and not isinstance(p, AllowsKeys):  # the first is known much sooner
             raise ValueError(f"{p!r} is no pattern: a pattern has allows(i, j); see sparse_tx.attention.patterns")
     return patterns

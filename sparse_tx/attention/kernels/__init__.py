@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -22,9 +23,14 @@ except (ImportError, ValueError):
     _HAS_TRITON = False
 
 
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
 def _too_old(index: int) -> str:
     """The compute capability of an NVIDIA GPU that is too old; "" of others."""
-    have = torch.cuda.get_device_capability(index)
+    have = _capability(index)
     return "" if torch.version.hip is not None or have >= _OLDEST else ".".join(map(str, have))
 
 
@@ -51,9 +57,14 @@ def no_kernels(device: torch.device, dtype: torch.dtype | None = None) -> str | 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, patterns: Sequence[AllowsKeys]) -> str | None:
     """Why the kernels cannot run these inputs, with what would; None if they can. No work on the device."""
-    if (reason := no_kernels(q.device, q.dtype)) is not None:
+    return unsupported_widths(q, q.shape[-1], v.shape[-1], patterns)
+
+
+def unsupported_widths(t: Tensor, Dqk: int, Dv: int, patterns: Sequence[AllowsKeys]) -> str | None:
+    """`unsupported`, of heads of these widths that lie on the device of t, in its dtype."""
+    if (reason := no_kernels(t.device, t.dtype)) is not None:
         return f"{reason}; use backend='blocked'"
-    for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
+    for name, width in (("q and k", Dqk), ("v", Dv)):
         if width % 8 or not 16 <= width <= 256:
             return f"{name} have width {width}: the kernels take 16 to 256 in multiples of 8; use backend='blocked'"
     try:
