@@ -1,7 +1,8 @@
 """Kernel launches planned once and repeated: what a launch needs to know of its tensors, and the launch itself.
 
 Triton finds the compiled kernel of a launch from all its arguments: 12 to 36 us of the host for the kernels of this
-package, more than the GPU needs for a small layer. A `Launch` keeps what was found and takes 3 to 10.
+package, more than the GPU needs for a small layer. A `Launch` keeps what was found and takes 3, and 2 more for each
+descriptor.
 """
 
 from __future__ import annotations
