@@ -88,3 +88,16 @@ def test_products_with_the_activation_compile_for_the_copy_engine_and_fit_shared
         binary = compiled(kernel, args, named, 90)
         assert binary.metadata.shared <= SHARED_KIB[90] * 1024, (kernel.__name__, named)
         assert "wgmma.mma_async" in binary.asm["ptx"]  # Triton 3.6 needs it where the copy engine brings the tiles
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_average_of_many_tensors_compiles_with_whole_loads(monkeypatch, capability):
+    from sparse_tx.training import average
+
+    found = []
+    monkeypatch.setattr(average, "move", Recorder(average.move, found))
+    tensors = [torch.zeros(5000), torch.zeros(3)]
+    average.move_all(tensors, [t.clone() for t in tensors], torch.tensor(0.5))
+    monkeypatch.undo()
+    ((kernel, args, named),) = found
+    assert "ld.global.v4" in compiled(kernel, args, named, capability).asm["ptx"]

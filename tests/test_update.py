@@ -11,6 +11,7 @@ from torch.optim import AdamW, Muon
 from sparse_tx import UserError
 from sparse_tx.config import OptimizerConfig
 from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
+from sparse_tx.training import update
 from sparse_tx.training.module import TrainingModule
 from sparse_tx.training.optimizer import build_optimizer, takes_scale
 from sparse_tx.training.step import Gradients, StepLoss
@@ -103,7 +104,8 @@ def test_steps_that_are_not_finite_change_nothing_at_all(name, fused):
     assert (int(clipping.skipped), int(clipping.in_a_row)) == (2, 0)
 
 
-def test_on_the_device_the_average_moves_by_the_share_or_not_at_all():
+def test_on_a_device_without_kernels_the_average_moves_by_the_share_or_not_at_all(monkeypatch):
+    monkeypatch.setattr(update, "no_kernels", lambda device: f"none on {device}")
     torch.manual_seed(0)
     average, weights = ([torch.randn(s, dtype=torch.float64) for s in (3, 70_000, 5, 1)] for _ in range(2))
 

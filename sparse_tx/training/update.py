@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse_tx.attention.kernels import no_kernels
 from sparse_tx.training.optimizer import takes_scale
 
 _SLICE = 4 << 20  # elements of a difference at a time: 16 MB stay in the L2 cache until they are added
@@ -55,6 +56,12 @@ def move_average(average: list[Tensor], weights: list[Tensor], share: float, ski
                 torch._foreach_lerp_(average, weights, share)
             return
         moved = share * (1 - skip)
+        if no_kernels(skip.device) is None:
+            from sparse_tx.training import average as kernel
+
+            if kernel.usable([*average, *weights]):
+                kernel.move_all(average, weights, moved)
+                return
         for part in _slices(average):
             difference = torch._foreach_sub(weights[part], average[part])
             torch._foreach_mul_(difference, moved)
