@@ -39,7 +39,7 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
         three = {"joins": lambda *_: True, "joins_feedforward": lambda *_: True}
         yield "three launches a layer", three
         for outputs, warps in itertools.product((16, 32, 64, 128), (4, 8)):
-            chosen = lambda slots, n=outputs, w=warps: (_attend_out(slots)[0], n, w)  # noqa: E731
+            chosen = lambda *a, n=outputs, w=warps: (_attend_out(*a)[0], n, w)  # noqa: E731
             yield f"three, attention with {outputs} outputs, {warps} warps", {**three, "attend_out": chosen}
         for units, warps in itertools.product((16, 32, 64), (4, 8)):
             chosen = lambda *_, c=(units, warps): c  # noqa: E731

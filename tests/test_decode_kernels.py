@@ -84,7 +84,7 @@ def test_attention_joined_to_its_output_matrix_gives_the_logits_of_two_launches(
     if name == "strided split" and heads == 1:
         pytest.skip("one head cannot be split")
     model, tokens = model_here(name, **change), tokens_of(rows, 20)
-    monkeypatch.setattr(configs, "attend_out", lambda slots: (16, 16, 4))
+    monkeypatch.setattr(configs, "attend_out", lambda *_: (16, 16, 4))
     found = []
     for joined in (True, False):
         monkeypatch.setattr(configs, "joins", lambda rows, heads, joined=joined: joined)

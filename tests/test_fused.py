@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.model.dropout import counter_dropout
+from sparse_tx.model.fused import linear as linear_module
 from sparse_tx.model.fused.linear import activation, bias_gradient, feed_forward, joined, linear
 from sparse_tx.model.fused.norm import norm
 from sparse_tx.training.memory import memory_of
@@ -102,6 +103,20 @@ def test_recomputed_blocks_give_the_same_bits(recompute, other):
     assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
 
 
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_recomputed_blocks_of_wide_models_give_the_same_bits_in_16_bits(monkeypatch, recompute):
+    """Where f(u) is kept or made again, as the policy says."""
+    monkeypatch.setattr(linear_module, "WIDEST", 16)
+    model = model_of(layers=2)
+    model.fuse_blocks()
+    loss, grads = trained(model, dtype=LOW)
+    for block in model.blocks:
+        block.recompute = recompute
+    again, others = trained(model, dtype=LOW)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
 def test_hidden_units_by_parts_of_the_rows_give_the_gradients_of_the_whole(monkeypatch):
     from sparse_tx.model.fused import blocks, linear
 
@@ -125,7 +140,6 @@ def test_products_with_the_activation_err_no_more_than_twice_what_plain_blocks_e
     monkeypatch, widest, usable, recompute
 ):
     """Both products ours; the gradient's alone, with f(u) kept or made again; both the library's."""
-    from sparse_tx.model.fused import linear as linear_module
     from sparse_tx.model.fused import products
 
     model = model_of(layers=2)

@@ -133,8 +133,9 @@ def walks(monkeypatch):
     ran = []
     for name in ("window_forward", "window_backward", "column_forward", "column_backward"):
         kernel = getattr(launch, name)
-        recorded = type("Recorded", (), {"__getitem__": lambda _, grid, k=kernel, n=name: ran.append(n) or k[grid]})
-        monkeypatch.setattr(launch, name, recorded())
+        recorded = type("Recorded", (), {"__getitem__": lambda _, grid, k=kernel, n=name: ran.append(n) or k[grid]})()
+        recorded.arg_names = kernel.arg_names
+        monkeypatch.setattr(launch, name, recorded)
     return ran
 
 

@@ -13,8 +13,8 @@ ones. Of these, by what is run again: `activation` drops s F (where i is 1, noth
 `attention` the attention half, of which it keeps one sum, in fused blocks its norm; `cheap` keeps r C and the output
 and log-sum-exp of attention itself, s C + 4 H; `block` keeps r C. What is dropped exists again for one block at a time.
 
-Fused blocks with nothing run again took 40.8, 27.6 and 85.0 GiB (59M, batch 16; 95M, 4; 152M, 8; 34.8, 24.8 and 75.9
-with a stream in 16 bits) on an H200; this says 40.8, 28.2 and 86.0 (34.7, 25.2, 76.7).
+Fused blocks with nothing run again took 34.8, 27.9 and 85.0 GiB (59M, batch 16; 95M, 4; 152M, 8; 28.8, 25.1 and 75.9
+with a stream in 16 bits) on an H200; this says 34.8, 28.2 and 86.0 (28.7, 25.2, 76.7).
 """
 
 from __future__ import annotations

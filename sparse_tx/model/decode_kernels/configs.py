@@ -72,12 +72,14 @@ def joins(rows: int, heads: int) -> bool:
     return rows <= VECTOR_ROWS and rows * heads <= JOINED
 
 
-def attend_out(slots: int) -> tuple[int, int, int]:
-    """Keys of a part that `attend_out_step` reads before the kernel ahead has ended, of strips of so many slots in all;
-    outputs of a program; warps. As above, us a layer at 1 row: 6.66; with 8 warps 6.93, with 16 outputs 6.69, with 64
-    7.18, with 64 keys 7.71.
+def attend_out(slots: int, nbytes: int) -> tuple[int, int, int]:
+    """Keys of a part that `attend_out_step` reads before the kernel ahead has ended; outputs of a program; warps.
+
+    slots: of all strips. nbytes: of a key or value; the keys stay in registers. As above, us a layer at 1 row: 6.66;
+    with 8 warps 6.93, with 16 outputs 6.69, with 64 7.18, with 64 keys 7.71.
     """
-    return min(128, max(16, next_power_of_2(slots - 1))), 32, 4
+    fitting = max(16, (1 << 15) // next_power_of_2(nbytes))
+    return min(128, fitting, max(16, next_power_of_2(slots - 1))), 32, 4
 
 
 JOINED_FF = 2  # rows up to which the feed-forward is one launch
@@ -101,7 +103,8 @@ def overlaps(programs: int, gpu: Gpu) -> bool:
 
     A step of the 59M CIFAR-10 model (2 heads) in bf16 on an H200, ms with and without, interleaved: 1 row 1.20, 1.85;
     128 rows 3.42, 2.95; 256 rows 2.67, 3.22; 512 rows 3.97, 4.63; 1,024 rows 5.83, 5.35; 1,536 rows 7.97, 7.84. Merged:
-    128 rows 3.99, 3.51; 256 rows 3.52, 3.85; 440 rows 4.93, 4.50.
+    128 rows 3.99, 3.51; 256 rows 3.52, 3.85; 440 rows 4.93, 4.50. No bound serves all: this one loses 15 percent at 128
+    rows, whose tiles are small, and at 512 interleaved ones.
     """
     return programs <= 4 * gpu.processors
 

@@ -181,7 +181,7 @@ class FusedSteps:
     def _attend_out(self, layer: int, position: Tensor) -> None:
         """Attention and its output matrix: what each head adds to the residual stream, in `shares`."""
         C, H = self.spec.width, self.spec.heads
-        keys, outputs, warps = configs.attend_out(self.strips[layer])
+        keys, outputs, warps = configs.attend_out(self.strips[layer], max(self.Dqk, self.Dv) * self.out.element_size())
         attend_out_step[(self.batch * H, triton.cdiv(C, outputs))](
             self.qkv, *self.weights[layer].out, self.shares, *self._reads(layer, position), C,
             **self._sizes(), BN=keys, BO=outputs, ALL=self.shares.shape[1], **self._options(warps),

@@ -36,9 +36,9 @@ class Tiles(NamedTuple):
 # to 60, with steps of 64 41.9.
 CONTRACT = Tiles(64, 256, 32, 4, 3)
 # The same: 84.3 with f(u) made again (91.6), 74.9 without (77.0). 512 wide with 2,048: 360.9 (378.7), 316.7 (315.4; of
-# 4 warps 311.6). With u read before the loop and no halves 92 to 146, but 303.4 for 512 wide without f(u).
+# 4 warps 311.6). With u read before the loop and no halves 92 to 146, but 303.4 for 512 wide without f(u). The same for
+# both, as the number of warps decides the order of sums: recomputed blocks have the bits of kept ones.
 BACKWARD = Tiles(128, 128, 64, 8, 3)
-BACKWARD_ALONE = Tiles(128, 128, 64, 4, 3)  # without f(u)
 
 
 @triton.jit
@@ -119,14 +119,13 @@ def contract(u: Tensor, weight: Tensor, kind: str, out: Tensor, tiles: Tiles = C
 
 
 def hidden_gradient(
-    d_a: Tensor, weight: Tensor, u: Tensor, kind: str, *, again: bool, tiles: Tiles | None = None
+    d_a: Tensor, weight: Tensor, u: Tensor, kind: str, *, again: bool, tiles: Tiles = BACKWARD
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradient of u, f(u) once more if `again`, and the sums of the gradient's columns, in a fixed order, (F,) float32.
 
     d_a (T, C): gradient of f(u) weight^T. weight (C, F), u (T, F).
     """
     (T, C), F = d_a.shape, u.shape[1]
-    tiles = tiles or (BACKWARD if again else BACKWARD_ALONE)
     d_u = torch.empty_like(u)
     y = torch.empty_like(u) if again else None
     sums = torch.empty(triton.cdiv(T, tiles.rows), F, dtype=torch.float32, device=u.device)
