@@ -90,31 +90,28 @@ def test_the_masks_change_with_the_step_and_not_between_two_runs():
     assert first != other
 
 
+def same_bits(model, recompute, **how):
+    """Of a step in which nothing is run again and of one by this policy."""
+    model.fuse_blocks()
+    loss, grads = trained(model, **how)
+    for block in model.blocks:
+        block.recompute = recompute
+    again, others = trained(model, **how)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+
+
 @pytest.mark.parametrize("recompute", POLICIES)
 @pytest.mark.parametrize("other", [{}, OTHER], ids=["paper", "other"])
 def test_recomputed_blocks_give_the_same_bits(recompute, other):
-    model = model_of(**other)
-    model.fuse_blocks()
-    loss, grads = trained(model)
-    for block in model.blocks:
-        block.recompute = recompute
-    again, others = trained(model)
-    assert torch.equal(loss, again)
-    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+    same_bits(model_of(**other), recompute)
 
 
 @pytest.mark.parametrize("recompute", POLICIES)
 def test_recomputed_blocks_of_wide_models_give_the_same_bits_in_16_bits(monkeypatch, recompute):
     """Where f(u) is kept or made again, as the policy says."""
     monkeypatch.setattr(linear_module, "WIDEST", 16)
-    model = model_of(layers=2)
-    model.fuse_blocks()
-    loss, grads = trained(model, dtype=LOW)
-    for block in model.blocks:
-        block.recompute = recompute
-    again, others = trained(model, dtype=LOW)
-    assert torch.equal(loss, again)
-    assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
+    same_bits(model_of(layers=2), recompute, dtype=LOW)
 
 
 def test_hidden_units_by_parts_of_the_rows_give_the_gradients_of_the_whole(monkeypatch):

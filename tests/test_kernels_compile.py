@@ -40,14 +40,14 @@ class Recorder:
 
 
 def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2):
-    from sparse_tx.attention.kernels import launch
+    from sparse_tx.attention.kernels import copies, launch
     from sparse_tx.attention.kernels.plan import plan
 
     found = []
     for name in KERNELS:
         monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), found))
     monkeypatch.setattr(launch, "_large", lambda device: capability in (80, 90))
-    monkeypatch.setattr(launch, "_has_copy_engine", lambda device: capability >= 90)
+    monkeypatch.setattr(copies, "has_copy_engine", lambda device: capability >= 90)
     launch.forget_plans()
     H = len(patterns)
     q, k, v, out = (torch.empty(B, S, H, d, dtype=dtype, device="meta") for d in (Dqk, Dqk, Dv, Dv))

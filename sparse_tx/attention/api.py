@@ -101,8 +101,10 @@ def packed_attention(
     widths = (qk, qk, qkv.shape[-1] - 2 * qk)
     if backend in ("auto", "triton"):
         patterns = _by_head(pattern, heads)
-        dense = backend == "auto" and all(p == Full() for p in patterns)
-        if not dense and unsupported_widths(qkv, qk // heads, widths[2] // heads, patterns) is None:
+        if (
+            not (backend == "auto" and _all_full(patterns))
+            and unsupported_widths(qkv, qk // heads, widths[2] // heads, patterns) is None
+        ):
             return triton_packed(qkv, patterns, qk // heads, scale)[0]
     q, k, v = (t.unflatten(-1, (heads, -1)) for t in qkv.split(widths, -1))  # (B, S, H, D)
     return sparse_attention(q, k, v, pattern, scale=scale, backend=backend)
@@ -127,7 +129,7 @@ def _cannot(
     if backend == "triton":
         return unsupported(q, k, v, patterns)
     if backend == "sdpa":
-        if any(p != Full() for p in patterns):
+        if not _all_full(patterns):
             return "it knows no pattern but Full(); use backend='blocked'"
         if return_lse:
             return "it returns no log-sum-exp; use backend='blocked'"
@@ -137,6 +139,10 @@ def _cannot(
                 f"q and v differ in width ({q.shape[-1]} and {v.shape[-1]}) on {q.device.type}; use backend='blocked'"
             )
     return None
+
+
+def _all_full(patterns: tuple[AllowsKeys, ...]) -> bool:
+    return all(p == Full() for p in patterns)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, pattern: AllowsKeys | Sequence[AllowsKeys]) -> tuple[AllowsKeys, ...]:

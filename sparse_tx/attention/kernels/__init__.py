@@ -38,6 +38,15 @@ def _too_old(index: int) -> str:
 _too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether tiles can be brought by descriptor there: from compute capability 9.0 on, and in the interpreter."""
+    return device.type != "cuda" or _capability(_index(device)) >= (9, 0)
+
+
 def no_kernels(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why no Triton kernel runs on this device, or for tensors of this dtype; None if they do. No work on it."""
     if not _HAS_TRITON:
@@ -45,8 +54,7 @@ def no_kernels(device: torch.device, dtype: torch.dtype | None = None) -> str | 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"the tensors are on {device.type}: the kernels need a CUDA GPU"
-    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
-    if device.type == "cuda" and (have := _too_old(index)):
+    if device.type == "cuda" and (have := _too_old(_index(device))):
         return f"the GPU has compute capability {have}: the kernels need 8.0 or newer"
     if dtype is not None and dtype not in _DTYPES:
         return f"dtype {dtype}: the kernels know float16, bfloat16 and float32"

@@ -14,30 +14,21 @@ from sparse_tx.attention.kernels import interpreted  # noqa: F401
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
 from sparse_tx.attention.kernels.column import column_backward, column_forward
 from sparse_tx.attention.kernels.configs import MOST_BACK, MOST_TILES, Config, Walk, config, power_of_two, walk
+from sparse_tx.attention.kernels.copies import (
+    can_copy,
+    copies_summary,
+    copies_tiles,
+    descriptor,
+    rows_descriptor,
+    summary_descriptor,
+)
 from sparse_tx.attention.kernels.forward import attention_forward
-from sparse_tx.attention.kernels.handles import Described, Launch, Layout, Operand, layouts, operands
-from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Run, runs_of
+from sparse_tx.attention.kernels.handles import Launch, Layout, Operand, layouts, operands
+from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Chain, Run, runs_of
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
 _LOG2E = 1.4426950408889634
 _MOST_PLANS = 1024  # kept, of layouts and patterns: those of a few models
-
-
-class Chain(NamedTuple):
-    """Numbers of one pass over sequences of N entries each, in groups if `grouped`, of which a query sees those
-    near .. R back: the whole sequence in groups of N, or its columns, rows L apart.
-    """
-
-    part: str
-    N: int
-    R: int
-    near: int
-    L: int
-    tokens: int
-    skip: tuple[int, int]
-    present: bool
-    strided: bool
-    grouped: bool
 
 
 def _column(run: Run, S: int) -> Chain:
@@ -58,10 +49,6 @@ def _rows(run: Run, S: int) -> Chain:
 def _large(device: torch.device) -> bool:
     """Whether a program may have 160 KiB of shared memory."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
-
-
-def _has_copy_engine(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Tiling(NamedTuple):
@@ -113,66 +100,7 @@ def _walk(kernel: str, chain: Chain, *tensors: Operand) -> Walk | None:
         fits = -(-chain.R // chosen.tile) <= MOST_BACK
     if not fits:
         return None
-    return chosen if _copies(chain, *tensors) else None
-
-
-def _copies_tiles(chosen: Config, chain: Chain, *tensors: Operand) -> bool:
-    """Whether the copy engine brings the tiles of this configuration.
-
-    Only those that go on to the tensor cores from shared memory, while others are on their way: elsewhere Triton 3.6
-    lets one copy overwrite another (seen in columns of 32 rows without stages).
-    """
-    return chosen.rows >= 64 and chosen.stages > 1 and _copies(chain, *tensors)
-
-
-def _copies(chain: Chain, *tensors: Operand) -> bool:
-    """Whether the copy engine can bring these tensors of a pass: whole columns, and whole 16 bytes of (B, H, S)."""
-    q = tensors[0]
-    whole = q.shape[1] % (chain.L if chain.strided else 4) == 0
-    return whole and q.dtype.itemsize == 2 and _has_copy_engine(q.device) and all(_copyable(t) for t in tensors)
-
-
-def _copyable(t: Operand) -> bool:
-    """Whether the copy engine takes it: rows of whole 16 bytes, a power of two wide."""
-    D = t.shape[-1]
-    whole = all(n > 0 and n * t.dtype.itemsize % 16 == 0 for n in _strides(t))
-    return whole and t.aligned and D & (D - 1) == 0
-
-
-def _descriptor(t: Operand, chain: Chain, rows: int) -> Described:
-    """Of t (B, S, H, D) as (B, H, S, D), or of its columns as (B, H, L, S / L, D), in blocks of `rows`; or of numbers
-    (B, H, S).
-    """
-    if len(t.shape) == 3:
-        return Described(t, list(t.shape), list(t.strides), [1, 1, rows])
-    B, S, H, D = t.shape
-    b, s, h = _strides(t)
-    width = power_of_two(D)
-    if chain.strided:
-        L = chain.L
-        return Described(t, [B, H, L, S // L, D], [b, h, s, s * L, 1], [1, 1, 1, rows, width])
-    return Described(t, [B, H, S, D], [b, h, s, 1], [1, 1, rows, width])
-
-
-def _rows_descriptor(t: Operand, chain: Chain, rows: int) -> Described:
-    """Of t (B, S, H, D) as (B, H, L, S / L, D), where L = 1 for the whole sequence, in blocks of `rows`."""
-    return _descriptor(t, chain._replace(strided=True), rows)
-
-
-def _summary_descriptor(t: Operand, run: Run, keys: int) -> Described:
-    """Of t (B, S, H, D) as (B, H, S / l, l, D), in blocks of `keys` columns of a summary."""
-    B, S, H, D = t.shape
-    b, s, h = _strides(t)
-    shape, strides = [B, H, S // run.summary, run.summary, D], [b, h, s * run.summary, s, 1]
-    return Described(t, shape, strides, [1, 1, keys // run.c, run.c, power_of_two(D)])
-
-
-def _copies_summary(run: Run, chosen: Config, chain: Chain, *tensors: Operand) -> bool:
-    """Whether a step's summary columns are a block: whole, power-of-two rows of it, from the first on."""
-    if chain.strided or not run.summary or run.tokens:
-        return False
-    fits = chosen.keys % run.c == 0 and run.c & (run.c - 1) == 0 and tensors[0].shape[1] % run.summary == 0
-    return fits and _copies_tiles(chosen, chain, *tensors)
+    return chosen if can_copy(chain, *tensors) else None
 
 
 def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
@@ -251,18 +179,18 @@ def plan_forward(
                 launches.append(_walk_forward(chain, run, walked, turn > 0, q, k, v, out, lse, scale))
                 continue
             chosen, tiles, per, advance, single = _tiling("forward", chain, q, v)
-            copied, sum_copied = _copies_tiles(chosen, chain, q, k, v), _copies_summary(run, chosen, chain, k, v)
+            copied, sum_copied = copies_tiles(chosen, chain, q, k, v), copies_summary(run, chosen, chain, k, v)
             keys = chosen.rows if single else chosen.keys
             main = (
-                [_rows_descriptor(t, chain, n) for t, n in ((q, chosen.rows), (k, keys), (v, keys))]
+                [rows_descriptor(t, chain, n) for t, n in ((q, chosen.rows), (k, keys), (v, keys))]
                 if copied
                 else [q, k, v]
             )
-            rest = [_summary_descriptor(t, run, chosen.keys) for t in (k, v)] if sum_copied else [k, v]
+            rest = [summary_descriptor(t, run, chosen.keys) for t in (k, v)] if sum_copied else [k, v]
             launch = Launch(
                 attention_forward, tiles * B * run.heads,
                 *main, *rest, out, lse,
-                *_strides(q), *_strides(k), *_strides(v), *_strides(out),
+                *q.strides[:3], *k.strides[:3], *v.strides[:3], *out.strides[:3],
                 S, H, run.head, run.heads, tiles, per, scale * _LOG2E,
                 advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip, run.slot, run.slot_step,
                 DQ=Dqk, DV=Dv, BDQ=power_of_two(Dqk), BDV=power_of_two(Dv), BM=chosen.rows, BN=chosen.keys,
@@ -285,7 +213,7 @@ def _walk_forward(
     constants = {"BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv), "BT": chosen.tile}
     tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
     length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
-    arguments = *(_descriptor(t, chain, chosen.tile) for t in (q, k, v, out)), lse, S, H, run.head, run.heads
+    arguments = *(descriptor(t, chain, chosen.tile) for t in (q, k, v, out)), lse, S, H, run.head, run.heads
     options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers}
     programs = chunks * B * run.heads
     if chain.strided:
@@ -311,7 +239,7 @@ def _walk_backward(
     tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
     length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
     by_pointer = (3,) if chain.strided else ()
-    described = [t if len(t.shape) in by_pointer else _descriptor(t, chain, chosen.tile) for t in tensors]
+    described = [t if len(t.shape) in by_pointer else descriptor(t, chain, chosen.tile) for t in tensors]
     options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers, "HAS_DLSE": has_dlse}
     programs = chunks * B * run.heads
     arguments = *described, S, H, run.head, run.heads, chunks, length
@@ -368,7 +296,7 @@ def plan_backward(
             rows = 64
             launch = Launch(
                 attention_delta, -(-S // rows) * B * run.heads,
-                out, dout, dlse, delta, *_strides(out), *_strides(dout), S, H, run.head, run.heads,
+                out, dout, dlse, delta, *out.strides[:3], *dout.strides[:3], S, H, run.head, run.heads,
                 DV=Dv, BDV=power_of_two(Dv), BM=rows, HAS_DLSE=has_dlse, num_warps=4,
             )  # fmt: skip
             launches.append(launch)
@@ -380,19 +308,19 @@ def plan_backward(
                 )
                 launches.append(launch)
                 continue
-            copied = chosen.rows == chosen.keys and _copies_tiles(chosen, chain, q, k, v, dout)
-            sum_copied = _copies_summary(run, chosen, chain, k, v)
-            by_rows = [_rows_descriptor(t, chain, chosen.rows) if copied else t for t in (q, k, v, dout)]
-            by_summary = [_summary_descriptor(t, run, chosen.keys) if sum_copied else t for t in (k, v)]
+            copied = chosen.rows == chosen.keys and copies_tiles(chosen, chain, q, k, v, dout)
+            sum_copied = copies_summary(run, chosen, chain, k, v)
+            by_rows = [rows_descriptor(t, chain, chosen.rows) if copied else t for t in (q, k, v, dout)]
+            by_summary = [summary_descriptor(t, run, chosen.keys) if sum_copied else t for t in (k, v)]
             numbers_of = [
-                _descriptor(t, chain, chosen.rows) if copied and not chain.strided else t for t in (lse, delta)
+                descriptor(t, chain, chosen.rows) if copied and not chain.strided else t for t in (lse, delta)
             ]
             launch = Launch(
                 chain_backward, tiles * B * run.heads,
                 *by_rows[:3], *by_summary, out, lse, by_rows[3], dlse, delta,
                 *numbers_of, dq, dk, dv,
-                *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_strides(dout),
-                *_strides(dq), *_strides(dk), *_strides(dv),
+                *q.strides[:3], *k.strides[:3], *v.strides[:3], *out.strides[:3], *dout.strides[:3],
+                *dq.strides[:3], *dk.strides[:3], *dv.strides[:3],
                 S, H, run.head, run.heads, tiles, per, scale * _LOG2E, scale,
                 advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip, run.slot, run.slot_step,
                 **constants, BT=chosen.rows, BN=chosen.keys,
@@ -413,13 +341,13 @@ def plan_backward(
             chosen = config("keys", "fixed", *widths)
             most = C if is_global else -(-S // L) * C
             tiles = triton.cdiv(most, chosen.keys)
-            copied = _copies_tiles(chosen, rows_chain, q, dout)
-            by_rows = [_rows_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (q, dout)]
-            numbers_of = [_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (lse, delta)]
+            copied = copies_tiles(chosen, rows_chain, q, dout)
+            by_rows = [rows_descriptor(t, rows_chain, chosen.rows) if copied else t for t in (q, dout)]
+            numbers_of = [descriptor(t, rows_chain, chosen.rows) if copied else t for t in (lse, delta)]
             launch = Launch(
                 compact_backward, tiles * B * run.heads,
                 by_rows[0], k, v, lse, by_rows[1], delta, *numbers_of, dk, dv,
-                *_strides(q), *_strides(k), *_strides(v), *_strides(dout), *_strides(dk), *_strides(dv),
+                *q.strides[:3], *k.strides[:3], *v.strides[:3], *dout.strides[:3], *dk.strides[:3], *dv.strides[:3],
                 S, H, run.head, run.heads, tiles, scale * _LOG2E, scale,
                 rows_chain.N, rows_chain.R, run.tokens, run.slot, run.slot_step,
                 **constants, BM=chosen.rows, BN=chosen.keys,
@@ -435,7 +363,3 @@ def forget_plans() -> None:
     """For tuning and tests, which exchange the tables of sizes and the kernels: plans made with others do not hold."""
     plan_forward.cache_clear()
     plan_backward.cache_clear()
-
-
-def _strides(t: Operand) -> tuple[int, int, int]:
-    return t.strides[0], t.strides[1], t.strides[2]

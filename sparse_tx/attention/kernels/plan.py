@@ -40,6 +40,23 @@ class Run(NamedTuple):
 FIELDS = len(Run._fields)
 
 
+class Chain(NamedTuple):
+    """Numbers of one pass over sequences of N entries each, in groups if `grouped`, of which a query sees those
+    near .. R back: the whole sequence in groups of N, or its columns, rows L apart.
+    """
+
+    part: str
+    N: int
+    R: int
+    near: int
+    L: int
+    tokens: int
+    skip: tuple[int, int]
+    present: bool
+    strided: bool
+    grouped: bool
+
+
 def runs_of(numbers: Sequence[int]) -> list[Run]:
     return [Run(*numbers[at : at + FIELDS]) for at in range(0, len(numbers), FIELDS)]
 

@@ -18,7 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparse_tx.attention.kernels import interpreted  # noqa: F401
+from sparse_tx.attention.kernels import (
+    has_copy_engine,
+    interpreted,  # noqa: F401
+)
 from sparse_tx.model.activation import activated, activated_and_slope
 from sparse_tx.model.fused.norm import total
 
@@ -96,7 +99,7 @@ def contract_backward(
 def usable(*matrices: Tensor) -> bool:
     """Whether the products take these: 16 bits on a GPU with a copy engine (or interpreted), rows of whole 16 bytes."""
     first = matrices[0]
-    if first.is_cuda and (first.element_size() != 2 or torch.cuda.get_device_capability(first.device) < (9, 0)):
+    if (first.is_cuda and first.element_size() != 2) or not has_copy_engine(first.device):
         return False
     return all(
         t.is_contiguous() and t.shape[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices
