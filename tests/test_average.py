@@ -8,6 +8,7 @@ import torch
 from kernels_here import DEVICE, MARKS
 
 from sparse_tx.training import average as kernel
+from sparse_tx.training.tables import usable
 from sparse_tx.training.update import move_average
 
 pytestmark = MARKS
@@ -44,10 +45,10 @@ def test_tensors_that_moved_get_a_table_of_their_own():
 
 def test_other_dtypes_layouts_and_addresses_are_left_to_torch():
     t = torch.zeros(8, 8, device=DEVICE)
-    assert kernel.usable([t, t.clone()])
-    assert not kernel.usable([t, t.double()])
-    assert not kernel.usable([t, torch.zeros(8, 9, device=DEVICE)[:, :8]])
-    assert not kernel.usable([t, torch.zeros(65, device=DEVICE)[1:]])
+    assert usable([t, t.clone()])
+    assert not usable([t, t.double()])
+    assert not usable([t, torch.zeros(8, 9, device=DEVICE)[:, :8]])
+    assert not usable([t, torch.zeros(65, device=DEVICE)[1:]])
 
 
 @pytest.mark.gpu

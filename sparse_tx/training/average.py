@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
+from sparse_tx.training.tables import sent, table
 
 _BLOCK = 4096  # elements of a program
 
@@ -40,22 +41,13 @@ def move(TENSORS, BLOCKS, SHARE, BLOCK: tl.constexpr):
         tl.store(average + at, old + share * (tl.load(weights + at, mask=at < n) - old), mask=at < n)
 
 
-def usable(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are float32 on one device, dense and aligned as torch allocates them."""
-    return all(
-        t.dtype == torch.float32 and t.device == tensors[0].device and t.is_contiguous() and t.data_ptr() % 16 == 0
-        for t in tensors
-    )
-
-
 def move_all(average: Sequence[Tensor], weights: Sequence[Tensor], share: Tensor) -> None:
     """average <- average + share (weights - average). Of `usable` tensors; share: () float32 on their device."""
     rows = tuple((a.data_ptr(), w.data_ptr(), a.numel()) for a, w in zip(average, weights, strict=True))
-    tensors, blocks = _tables(rows, share.device)
-    move[(len(blocks),)](tensors, blocks, share, BLOCK=_BLOCK, num_warps=4)
+    blocks = _blocks(tuple(n for _, _, n in rows), share.device)
+    move[(len(blocks),)](table(rows, share.device), blocks, share, BLOCK=_BLOCK, num_warps=4)
 
 
-@functools.lru_cache(4)  # the addresses are the key: a table of tensors that have moved is never met again
-def _tables(rows: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    blocks = [(i, block) for i, (_, _, n) in enumerate(rows) for block in range(triton.cdiv(n, _BLOCK))]
-    return torch.tensor(rows, device=device), torch.tensor(blocks, device=device)
+@functools.lru_cache(4)
+def _blocks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return sent([(i, block) for i, n in enumerate(sizes) for block in range(triton.cdiv(n, _BLOCK))], device)

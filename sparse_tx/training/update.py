@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from sparse_tx.attention.kernels import no_kernels
 from sparse_tx.training.optimizer import takes_scale
+from sparse_tx.training.tables import usable
 
 _SLICE = 4 << 20  # elements of a difference at a time: 16 MB stay in the L2 cache until they are added
 
@@ -59,7 +60,7 @@ def move_average(average: list[Tensor], weights: list[Tensor], share: float, ski
         if no_kernels(skip.device) is None:
             from sparse_tx.training import average as kernel
 
-            if kernel.usable([*average, *weights]):
+            if usable([*average, *weights]):
                 kernel.move_all(average, weights, moved)
                 return
         for part in _slices(average):
