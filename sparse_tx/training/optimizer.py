@@ -8,75 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sparse_tx.config import OptimizerConfig
 from sparse_tx.model import Transformer
-
-
-class BatchedMuon(Muon):
-    """torch's Muon with all matrices of one shape in one product: the launches do not grow with the layers.
-
-    A group's "rows" cut its matrices into parts that are made orthogonal each by itself; None leaves them whole. Like a
-    fused AdamW it divides gradients by `grad_scale` and changes nothing where `found_inf` is 1, if they are set.
-    """
-
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for params in shapes.values():
-                self._step(params, group)
-        return loss
-
-    def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """params: of one shape (R, C); stacked (N, R, C)."""
-        momentum, lr, decay = group["momentum"], group["lr"], group["weight_decay"]
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = torch.stack([p.grad for p in params if p.grad is not None])
-        if self.grad_scale is not None:
-            grads = grads / self.grad_scale
-        kept = torch.ones((), device=grads.device)
-        if self.found_inf is not None:
-            kept = 1 - self.found_inf
-            grads = torch.where(kept.bool(), grads, 0.0)
-        moments = torch.stack(buffers).lerp_(grads, (1 - momentum) * kept)
-        torch._foreach_copy_(buffers, list(moments.unbind()))
-        numbers = group["ns_coefficients"], group["ns_steps"], group["eps"]
-        updates = []
-        for part in grads.lerp_(moments, momentum).split(group["rows"] or [params[0].shape[0]], 1):
-            rate = 0.2 * math.sqrt(max(part.shape[1:]))  # match_rms_adamw
-            updates.append(rate * orthogonal(part, *numbers).to(params[0].dtype))
-        torch._foreach_mul_(params, 1 - lr * decay * kept)
-        torch._foreach_add_(params, list((torch.cat(updates, 1) * (-lr * kept)).unbind()))
-
-
-def orthogonal(g: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Nearly orthogonal matrices by Newton-Schulz in bfloat16 (Jordan et al. 2024). g: (N, R, C)."""
-    a, b, c = coefficients
-    x = g.bfloat16()
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+from sparse_tx.training.muon import BatchedMuon
 
 
 def takes_scale(optimizer: Optimizer) -> bool:
