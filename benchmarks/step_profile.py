@@ -16,7 +16,7 @@ FLOPS_PER_SECOND = 673e12  # bf16 matrix product, H200
 CLASSES = {  # by the first pattern that a kernel's name fits
     "attention": r"attention|flash|fmha|flex|sdpa|(window|column|chain|compact)_(for|back)ward",
     "products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem|contract_(product|backward)",
-    "optimizer, clipping, average": r"multi_tensor|adam|lpnorm|foreach",
+    "optimizer, clipping, average": r"multi_tensor|adam|muon|lpnorm|foreach|^move$",
     "loss": r"log_softmax|softmax|nll|logsumexp|cross_entropy",
     "gelu": r"activation|sigmoid|gelu",
     "norm, residual, dropout": r"(add|layer)_?norm|add_shares|column_sums|dropout|triton_(per|red|poi)|query_key",

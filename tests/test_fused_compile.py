@@ -101,3 +101,21 @@ def test_the_average_of_many_tensors_compiles_with_whole_loads(monkeypatch, capa
     monkeypatch.undo()
     ((kernel, args, named),) = found
     assert "ld.global.v4" in compiled(kernel, args, named, capability).asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_muons_two_passes_compile_with_whole_loads_and_stores(monkeypatch, capability):
+    from sparse_tx.training import muon_kernels
+
+    found = []
+    for name in ("muon_gather", "muon_apply"):
+        monkeypatch.setattr(muon_kernels, name, Recorder(getattr(muon_kernels, name), found))
+    addresses, zero = torch.zeros(2, 3, dtype=torch.long), torch.zeros(())
+    x = muon_kernels.gather(addresses, (96, 80), zero, zero, 0.95)
+    muon_kernels.apply(addresses, x[:, :32].contiguous(), 32, zero, 1e-3, 1e-2)
+    monkeypatch.undo()
+    assert len(found) == 2
+    for kernel, args, named in found:
+        text = compiled(kernel, args, named, capability).asm["ptx"]
+        assert "ld.global.v4.b32" in text
+        assert "st.global.v4.b32" in text
