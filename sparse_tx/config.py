@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from sparse_tx.attention.heads import KINDS
-from sparse_tx.data.spec import DataSpec
+from sparse_tx.data.spec import DataSpec, check_mirror
 from sparse_tx.errors import UserError
 from sparse_tx.merge import typed
 from sparse_tx.model.spec import RECOMPUTE, AttentionSpec, ModelSpec
@@ -335,8 +335,8 @@ def training(cfg: DictConfig) -> TrainConfig:
             "context"
         )
     _one_of("data.unreadable", data.unreadable, ("refuse", "skip"))
-    if data.mirror and data.kind != "image":
-        raise UserError(f"data.mirror=true is for images: data={data.name} has {data.kind}: use data.mirror=false")
+    if data.mirror:
+        check_mirror(data.name, data.kind)
     _one_of("optimizer", optimizer.name, ("adamw", "muon"))
     _one_of("optimizer.decay", optimizer.decay, ("cosine", "linear"))
     if not 0 <= optimizer.hold <= 1:

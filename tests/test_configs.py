@@ -33,7 +33,7 @@ def test_every_experiment_composes_with_every_data_attention_and_model(compose, 
         *(f"attention={a}" for a in ATTENTION),
         *(f"model={m}" for m in MODELS),
     ]:
-        config = training(compose("train", f"experiment={experiment}", choice, "data.mirror=false"))  # images alone
+        config = training(compose("train", f"experiment={experiment}", choice, "data.mirror=false"))  # not for text
         group, _, option = choice.partition("=")
         assert getattr(config, group).name == (option.partition("_")[0] if group == "data" else option)
 
@@ -137,6 +137,7 @@ def test_steps_of_the_papers_epochs():
         (["optimizer.lr=0"], "optimizer.lr=0.0: it must be above 0"),
         (["evaluation.min_context=512"], "evaluation.min_context=512"),
         (["name=a/b"], "name='a/b'"),
+        (["data.mirror=true"], "data.mirror=true is for images and audio: data=stdlib has text: use data.mirror=false"),
         (["model.dropout=1"], "model.dropout=1.0"),
         (["model.recompute=all"], "use one of auto, none, activation, feedforward, attention, cheap, block"),
         (["trainer.ema_decay=1"], "trainer.ema_decay=1.0"),

@@ -41,6 +41,15 @@ def test_every_code_survives_being_heard_and_written_again():
     assert abs(int(samples[128])) < 10
 
 
+def test_255_less_a_code_is_the_same_sound_with_its_sign_inverted():
+    codes = np.arange(256, dtype=np.uint8)
+    assert np.array_equal(expand_mu_law(255 - codes), -expand_mu_law(codes))
+    assert np.array_equal(encode_mu_law(-expand_mu_law(codes) / 32767), 255 - codes)
+    samples = np.arange(-32767, 32768)  # of a 16-bit recording: all but silence, which lies between two codes
+    (other,) = np.nonzero(encode_mu_law(-samples / 32768) != 255 - encode_mu_law(samples / 32768))
+    assert samples[other].tolist() == [0]
+
+
 def test_mu_law_keeps_loud_and_quiet_sounds_alike():
     """Steps that grow with the level: some 38 dB between a sine and its error, over 40 dB of levels."""
     for level in (1.0, 0.1, 0.01):

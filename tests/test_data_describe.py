@@ -32,13 +32,27 @@ def test_the_grid_shows_the_first_images_of_training(compose, data):
         assert np.array_equal(drawn[top : top + 8, left : left + 8], window.reshape(8, 8, 3))
 
 
-def test_recordings_are_drawn_and_can_be_heard(compose):
+def test_recordings_are_drawn_and_can_be_heard(compose, capsys):
     cfg = compose("train", "experiment=audio_65k", "debug=fast")
     picture, *sounds = command(cfg)
+    assert "mirror" not in capsys.readouterr().out
     assert pixels(picture).shape[1] > 500
     for path, window in zip(sounds, first_windows(training(cfg), 3), strict=True):
         with wave.open(str(path)) as file:
             assert np.array_equal(np.frombuffer(file.readframes(1 << 20), np.int16), expand_mu_law(window))
+
+
+@pytest.mark.parametrize(
+    ("data", "done"),
+    [
+        ("cifar10", "half of the images mirrored left to right"),
+        ("audio", "half of the windows inverted in sign"),
+    ],
+)
+def test_what_is_mirrored_in_training_is_told_of_the_examples(compose, capsys, data, done):
+    cfg = compose("train", f"data={data}", "data.mirror=true", "debug=fast")
+    command(cfg)
+    assert f"mirror: {done} in training, none of the examples" in capsys.readouterr().out
 
 
 def test_text_is_printed_with_counts_and_hashes(compose, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The order of training and the windows of evaluation: each byte in its place, for any number of ranks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from sparse_tx import UserError
 from sparse_tx.data import DataModule, DataSpec, EvaluationWindows, StepSampler, TrainingOrder
+from sparse_tx.data.mu_law import expand_mu_law
 
 
 def test_an_epoch_of_images_is_a_permutation_of_its_own():
@@ -56,9 +59,11 @@ def test_a_place_ten_million_entries_ahead_is_found():
 def test_the_order_of_a_seed_stays_for_ever():
     """A change here would let every older checkpoint resume on other bytes."""
     text, image = TrainingOrder(1000, "text", 64, 1), TrainingOrder(20, "image", 12, 1)
+    audio = TrainingOrder(1000, "audio", 64, 1)
     assert [text.window(k) for k in (0, 1, 2, 100)] == [188, 60, 124, 500]
     assert [image.window(k) for k in (0, 1, 2, 100)] == [2, 19, 0, 3]
     assert [image.mirrored(k) for k in (0, 1, 2, 100)] == [False, True, False, False]
+    assert [audio.mirrored(k) for k in (0, 1, 2, 100)] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -156,7 +161,59 @@ def test_half_of_the_images_are_mirrored_others_at_each_epoch_and_none_in_evalua
     assert all(len(set(several)) == 2 for several in counts.values() if len(several) > 12)
     for one, other in zip(plain.val_dataloader(), mirrored.val_dataloader(), strict=True):
         assert torch.equal(one["tokens"], other["tokens"])
-    with pytest.raises(UserError, match=r"data.mirror=true is for images: data=stdlib has text"):
+
+
+def test_half_of_the_windows_of_audio_are_inverted_in_each_epoch_and_none_in_evaluation():
+    audio = spec(name="audio", kind="audio")
+    plain, mirrored = (DataModule(audio, batch_size=4, seed=4, max_steps=600, mirror=m) for m in (False, True))
+    inverted = []
+    for one, other in zip(plain.train_dataloader(), mirrored.train_dataloader(), strict=True):
+        for a, b in zip(*(expand_mu_law(batch["tokens"].numpy()) for batch in (one, other)), strict=True):
+            assert np.array_equal(b, a) or np.array_equal(b, -a)
+            inverted.append(not np.array_equal(a, b))
+    sizes = TrainingOrder(plain.prepared.split("train"), "audio", 16, 4).sizes(np.arange(51))
+    epochs = [inverted[end - size : end] for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert all(0.2 < np.mean(epoch) < 0.8 for epoch in epochs)
+    assert 0.47 < np.mean(inverted) < 0.53
+    for split in ("train", "validation", "test"):
+        loaders = (data.evaluation_loader(split) for data in (plain, mirrored))
+        for one, other in zip(*loaders, strict=True):
+            assert torch.equal(one["tokens"], other["tokens"])
+
+
+def test_an_epoch_of_one_window_is_heard_both_ways_from_every_offset():
+    """Of 16 samples and 7 more, entry and epoch are one number: sign and offset come from the same random word."""
+    order = TrainingOrder(23, "audio", 16, 4)
+    assert len({(order.window(k), order.mirrored(k)) for k in range(200)}) == 2 * 8
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "cifar10", "kind": "image", "context": 48}, {"name": "audio", "kind": "audio"}]
+)
+def test_the_same_windows_are_mirrored_after_a_restart_and_for_any_number_of_ranks(change):
+    data = DataModule(spec(**change), batch_size=8, seed=4, max_steps=40, mirror=True)
+
+    def batches(step=0, rank=0, world=1):
+        data.trainer = SimpleNamespace(
+            global_step=step,
+            global_rank=rank,
+            world_size=world,
+            accumulate_grad_batches=1,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        )
+        return list(data.train_dataloader())
+
+    whole = batches()
+    for one, other in zip(whole[17:], batches(step=17), strict=True):
+        assert torch.equal(one["tokens"], other["tokens"])
+    for one, *shares in zip(whole, *(batches(rank=rank, world=4) for rank in range(4)), strict=True):
+        rows = torch.cat([share["rows"] for share in shares]).argsort()
+        assert torch.equal(one["tokens"], torch.cat([share["tokens"] for share in shares])[rows])
+
+
+def test_text_has_no_mirror():
+    with pytest.raises(UserError, match=r"images and audio: data=stdlib has text: use data.mirror=false"):
         DataModule(spec(), batch_size=4, seed=4, max_steps=6, mirror=True)
 
 

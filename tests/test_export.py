@@ -89,6 +89,16 @@ def test_the_card_shows_images_and_the_python_in_it_runs(compose, trained, monke
     assert names["logits"].shape == (1, 100, 256)
 
 
+def test_the_card_tells_what_was_mirrored():
+    from sparse_tx.export.card import _data
+
+    data = {"name": "audio", "kind": "audio", "source": None, "synthetic": False}
+    assert _data(data | {"mirror": True}) == "audio, half of the windows inverted in sign"
+    images = {"name": "cifar10", "kind": "image", "mirror": True}
+    assert _data(data | images) == "cifar10, half of the images mirrored left to right"
+    assert _data(data | {"mirror": False}) == _data(data) == "audio"
+
+
 def test_a_text_sample_cannot_leave_its_place_in_the_card(tmp_path):
     from sparse_tx.export.card import _samples
 

@@ -19,11 +19,14 @@ def describe(cfg: DictConfig) -> list[Path]:
     checked = config.training(cfg)
     from sparse_tx.data import describe as of
     from sparse_tx.data import prepare
+    from sparse_tx.data.spec import MIRRORED
     from sparse_tx.sampling import writers
 
     prepared = prepare(checked.data.spec())
     for line in of.facts(prepared, checked.seed):
         print(line)
+    if checked.data.mirror:
+        print(f"mirror: {MIRRORED[checked.data.kind]} in training, none of the examples")
     windows = of.examples(prepared, checked.seed)
     folder = Path(checked.output) / "describe" / re.sub(r"[^\w.-]", "_", _name(checked, prepared))
     folder.mkdir(parents=True, exist_ok=True)

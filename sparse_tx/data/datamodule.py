@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparse_tx.data.order import Place, StepSampler, TrainingOrder
 from sparse_tx.data.prepare import Prepared, prepare
-from sparse_tx.data.spec import DataSpec
+from sparse_tx.data.spec import DataSpec, check_mirror
 from sparse_tx.data.windows import EvaluationWindows, Window
 from sparse_tx.errors import UserError
 
@@ -39,10 +39,12 @@ class TrainingRows(Rows):
         starts, rows, mirrored = zip(*places, strict=True)
         tokens = self.tokens(starts, self.prepared.spec.context)
         if any(mirrored):
-            side = self.prepared.spec.side
-            assert side is not None
-            images = tokens.view(-1, side, side, 3)
-            images[list(mirrored)] = images[list(mirrored)].flip(2)
+            which, side = list(mirrored), self.prepared.spec.side
+            if side is not None:
+                images = tokens.view(-1, side, side, 3)
+                images[which] = images[which].flip(2)
+            else:
+                tokens[which] = 255 - tokens[which]  # mu-law: the sound with its sign inverted, exactly
         return {"tokens": tokens, "rows": torch.tensor(rows)}
 
 
@@ -81,8 +83,9 @@ class DataModule(lightning.LightningDataModule):
 
     Training batches: tokens (b, S) uint8 and rows (b,) int64, each row's place in the global batch. Evaluation: tokens
     (b, S) uint8 and first_scored (b,) int64: positions from there on are scored. overfit: the first training batch over
-    and over. mirror: half of the training images are mirrored left to right. Ranks share the windows exactly, so one
-    may have a batch more than another: reduce sums after the last batch, not in between.
+    and over. mirror: half of the training images are mirrored left to right, half of the windows of audio inverted in
+    sign. Ranks share the windows exactly, so one may have a batch more than another: reduce sums after the last batch,
+    not in between.
     Without a trainer it is the only rank and starts at step 0. The trainer must not put samplers of its own in
     (`use_distributed_sampler=False`), nor accumulate batches: a batch is a whole step.
     """
@@ -106,8 +109,8 @@ class DataModule(lightning.LightningDataModule):
             raise UserError(f"data.batch_size={batch_size} must be 1 or more")
         if workers < 0:
             raise UserError(f"data.workers={workers} must be 0 or more")
-        if mirror and spec.kind != "image":
-            raise UserError(f"data.mirror=true is for images: data={spec.name} has {spec.kind}: use data.mirror=false")
+        if mirror:
+            check_mirror(spec.name, spec.kind)
         self.spec, self.batch_size, self.seed, self.max_steps, self.mirror = spec, batch_size, seed, max_steps, mirror
         self.workers, self.eval_batch_size = workers, eval_batch_size
         self.min_context, self.eval_limit, self.overfit = min_context, eval_limit, overfit

@@ -18,6 +18,10 @@ def encode_mu_law(wave: np.ndarray) -> np.ndarray:
 
 
 def expand_mu_law(codes: np.ndarray) -> np.ndarray:
-    """uint8 codes -> int16 samples; encoded again, these are the same codes."""
+    """uint8 codes -> int16 samples; encoded again, these are the same codes.
+
+    Code 255 - k is the sample of code k with its sign inverted, exactly. No code is 0: silence is 128, heard as 3,
+    and inverted 127, heard as -3.
+    """
     x = codes.astype(np.float64) / (MU / 2) - 1
     return (np.sign(x) * np.expm1(np.abs(x) * np.log1p(MU)) / MU * 32767).round().astype(np.int16)

@@ -84,8 +84,10 @@ class TrainingOrder:
         return int(self._places[entry - self._first])
 
     def mirrored(self, entry: int) -> bool:
-        """Whether the entry's image is mirrored where half of them are."""
-        return bool(_splitmix64(self._key, np.array([entry]))[0] & np.uint64(1))
+        """Whether the entry's image or sound is mirrored where half of them are."""
+        # The lowest bit of a sound's word would be the parity of its offset where an epoch has one window.
+        bit = np.uint64(0 if self.kind == "image" else 63)
+        return bool(_splitmix64(self._key, np.array([entry]))[0] >> bit & np.uint64(1))
 
     def _enter(self, epoch: int, first: int):
         which = np.array([epoch])
@@ -98,7 +100,7 @@ class TrainingOrder:
 
 
 class StepSampler:
-    """The batches of one rank: for each step a list of places. mirror: half of the images are mirrored.
+    """The batches of one rank: for each step a list of places. mirror: half of the entries are mirrored.
 
     batch_size: of one optimizer step, all ranks together. Step t takes entries t B ... t B + B - 1, also across the
     end of an epoch; rank r takes every world-th of them from r. Iterating gives steps start_step ... steps - 1, and

@@ -8,6 +8,8 @@ from sparse_tx.errors import UserError
 KINDS = {"stdlib": "text", "enwik8": "text", "cifar10": "image", "imagenet64": "image", "audio": "audio"}
 SIDES = {"cifar10": 32, "imagenet64": 64}
 VERSIONS = ("oord", "box")
+# What data.mirror=true does in training to data of a kind. Nothing of the sort leaves a text a text.
+MIRRORED = {"image": "half of the images mirrored left to right", "audio": "half of the windows inverted in sign"}
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,9 @@ class DataSpec:
     def side(self) -> int | None:
         """Pixels along an image's edge; None for text and audio."""
         return isqrt(self.context // 3) if self.kind == "image" else None
+
+
+def check_mirror(name: str, kind: str):
+    """Raises UserError where data.mirror=true has nothing to do."""
+    if kind not in MIRRORED:
+        raise UserError(f"data.mirror=true is for images and audio: data={name} has {kind}: use data.mirror=false")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sparse_tx.data.spec import MIRRORED
 from sparse_tx.evaluation.paper import paper_bits
 from sparse_tx.evaluation.run import unit_of
 from sparse_tx.model import ModelSpec
@@ -60,7 +61,7 @@ def _data(data: dict[str, Any]) -> str:
     if data["synthetic"]:
         return f"a synthetic twin of {data['name']} (a trial, not a result)"
     name = data["name"] if data["source"] is None else f"{data['name']} from {data['source']}"
-    return f"{name}, half of the images mirrored" if data.get("mirror") else name
+    return f"{name}, {MIRRORED[data['kind']]}" if data.get("mirror") else name
 
 
 def _shape(spec: ModelSpec) -> list[str]:
