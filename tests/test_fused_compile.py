@@ -1,6 +1,7 @@
 """Every launch of the fused blocks compiles for each GPU generation and fits its shared memory; no GPU needed."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -66,6 +67,20 @@ def test_every_launch_compiles_and_fits_shared_memory(monkeypatch, case, capabil
     for kernel, args, named in found:
         binary = compiled(kernel, args, named, capability)
         assert binary.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel.__name__, named)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_a_norm_sums_its_rows_in_one_order_after_a_sum_and_by_itself(monkeypatch, case):
+    """So blocks that are run again, which make their norm by themselves, give the bits of those that are not."""
+    orders = {True: set(), False: set()}
+    for kernel, args, named in launches(monkeypatch, *case):
+        if kernel.__name__ == "add_norm_backward" and named["NORM"]:
+            code = compiled(kernel, args, named, 90).asm["ttgir"]
+            layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", code, re.MULTILINE))
+            sums = re.findall(r'"tt\.reduce".*?axis = (\d).*?\}\) : \(tensor<[\dx]+xf32, (#\w+)>', code, re.DOTALL)
+            orders[named["ADD"]] |= {layouts[layout] for axis, layout in sums if axis == "1"}
+    assert len(orders[True]) == 1
+    assert orders[True] == orders[False]
 
 
 @pytest.mark.parametrize(("C", "F"), [(256, 512), (512, 2048), (40, 88)])

@@ -77,11 +77,16 @@ def add_norm_forward(
 
 @triton.jit
 def add_norm_backward(
-    D_OUT, D_X, OUT, MEAN, RSTD, GAIN, KEY, D_H, D_A, SUMS, T, S, scale, blocks,
+    D_OUT, D_X, OUT, MEAN, RSTD, GAIN, KEY, D_H, D_A, SUMS, T, S, added, scale, blocks,
     C: tl.constexpr, BC: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
     ADD: tl.constexpr, DROP: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """SUMS: (programs, 3, BC) this program's share of the gradients of gain, shift and bias."""
+    """SUMS: (programs, 3, BC) this program's share of the gradients of gain, shift and bias. added: rows of D_A.
+
+    Where nothing was added none are written, but the store is there: Triton lays a tile out by what it writes, and the
+    layout decides the order of a row's sums. So a norm by itself, as where blocks are run again, has the bits of one
+    that follows a sum.
+    """
     program = tl.program_id(0)
     columns = tl.arange(0, BC)
     gain = tl.zeros([BC], tl.float32)
@@ -111,12 +116,12 @@ def add_norm_backward(
             mean_d = tl.sum(d_normed, 1) / C
             d_h += (d_normed - normed * along[:, None] - mean_d[:, None]) * rstd[:, None]
         tl.store(D_H + at, d_h.to(D_H.dtype.element_ty), mask=inside)
+        d_a = d_h
+        if DROP:
+            d_a = tl.where(keep(KEY, rows, valid, columns, S, C, THRESHOLD), d_h * scale, 0.0)
+        d_a = d_a.to(D_A.dtype.element_ty)
+        tl.store(D_A + at, d_a, mask=inside & (rows < added)[:, None])
         if ADD:
-            d_a = d_h
-            if DROP:
-                d_a = tl.where(keep(KEY, rows, valid, columns, S, C, THRESHOLD), d_h * scale, 0.0)
-            d_a = d_a.to(D_A.dtype.element_ty)
-            tl.store(D_A + at, d_a, mask=inside)
             d_bias += tl.where(inside, d_a.to(tl.float32), 0.0)
     SUMS += program.to(tl.int64) * 3 * BC
     tl.store(SUMS + columns, tl.sum(d_gain, 0))
@@ -218,11 +223,12 @@ def sum_backward(
     d_a = None if dtype is None else torch.empty(T, C, dtype=dtype, device=given.device)
     shares = torch.empty(programs, 3, BC, dtype=torch.float32, device=given.device)
     normed, drops = d_x is not None, kept.key is not None
+    like_a = d_a if d_a is not None else d_h if d_x is None else d_x  # the dtype of a, not written if nothing was added
     add_norm_backward[(programs,)](
         given.contiguous(), d_h if d_x is None else d_x.contiguous(), kept.h if normed else d_h, kept.mean, kept.rstd,
-        kept.gain if normed else d_h, kept.key if drops else d_h, d_h, d_h if d_a is None else d_a, shares,
-        T, S, _scale(p, drops), blocks, C=C, BC=BC, R=R, STAGES=3 if BC <= TILE else 1, ADD=d_a is not None, DROP=drops,
-        NORM=normed, GIVEN=d_out is not None, THRESHOLD=_threshold(p), num_warps=4,
+        kept.gain if normed else d_h, kept.key if drops else d_h, d_h, like_a, shares,
+        T, S, 0 if d_a is None else T, _scale(p, drops), blocks, C=C, BC=BC, R=R, STAGES=3 if BC <= TILE else 1,
+        ADD=d_a is not None, DROP=drops, NORM=normed, GIVEN=d_out is not None, THRESHOLD=_threshold(p), num_warps=4,
     )  # fmt: skip
     d_gain, d_shift, d_bias = total(shares)[:, :C]
     return d_h, d_a, None if d_a is None else d_bias, d_gain if normed else None, d_shift if normed else None
