@@ -71,7 +71,7 @@ class DataSpec:
         return isqrt(self.context // 3) if self.kind == "image" else None
 
 
-def check_mirror(name: str, kind: str):
+def check_mirror(name: str, kind: str) -> None:
     """Raises UserError where data.mirror=true has nothing to do."""
     if kind not in MIRRORED:
         raise UserError(f"data.mirror=true is for images and audio: data={name} has {kind}: use data.mirror=false")

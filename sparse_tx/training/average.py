@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
-from sparse_tx.training.tables import sent, table
+from sparse_tx.training.tables import sent
 
 _BLOCK = 4096  # elements of a program
 
@@ -44,10 +44,11 @@ def move(TENSORS, BLOCKS, SHARE, BLOCK: tl.constexpr):
 def move_all(average: Sequence[Tensor], weights: Sequence[Tensor], share: Tensor) -> None:
     """average <- average + share (weights - average). Of `usable` tensors; share: () float32 on their device."""
     rows = tuple((a.data_ptr(), w.data_ptr(), a.numel()) for a, w in zip(average, weights, strict=True))
-    blocks = _blocks(tuple(n for _, _, n in rows), share.device)
-    move[(len(blocks),)](table(rows, share.device), blocks, share, BLOCK=_BLOCK, num_warps=4)
+    tensors, blocks = _tables(rows, share.device)
+    move[(len(blocks),)](tensors, blocks, share, BLOCK=_BLOCK, num_warps=4)
 
 
-@functools.lru_cache(4)
-def _blocks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    return sent([(i, block) for i, n in enumerate(sizes) for block in range(triton.cdiv(n, _BLOCK))], device)
+@functools.lru_cache(4)  # by the addresses, as `table`; averages and weights lie still
+def _tables(rows: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    blocks = [(i, block) for i, (_, _, n) in enumerate(rows) for block in range(triton.cdiv(n, _BLOCK))]
+    return sent(rows, device), sent(blocks, device)
