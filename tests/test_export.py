@@ -1,6 +1,7 @@
 """An exported model is the model: the same logits and scores, read without running code, and nothing private in it."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -87,6 +88,16 @@ def test_the_card_shows_images_and_the_python_in_it_runs(compose, trained, monke
     names: dict = {}
     exec(card.partition("```python\n")[2].partition("```")[0], names)
     assert names["logits"].shape == (1, 100, 256)
+
+
+def test_the_card_plays_sound_beside_its_spectrograms(compose, trained):
+    checkpoint = trained("data=audio", "attention=strided", "trainer.max_steps=1")["checkpoint"]
+    asked = (f"checkpoint={checkpoint}", "to=tones", "split=null", "samples=2", "length=20", "device=cpu")
+    folder = export(compose("export", *asked))
+    card = (folder / "README.md").read_text()
+    names = re.findall(r"\((samples/.*?)\)|src=\"(samples/.*?)\"", card)
+    assert names == [("samples/spectrograms.png", ""), ("", "samples/sample-0000.wav"), ("", "samples/sample-0001.wav")]
+    assert {f"samples/{p.name}" for p in (folder / "samples").iterdir()} == {a or b for a, b in names}
 
 
 def test_the_card_tells_what_was_mirrored():

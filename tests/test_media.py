@@ -65,10 +65,12 @@ def test_images_cut_short_keep_the_rows_of_the_whole(trained):
         assert image.size == (22, 12)
 
 
-def test_samples_of_an_audio_run_are_sound(trained):
+def test_samples_of_an_audio_run_are_sound_and_its_spectrograms(trained):
     run = trained("data=audio", "attention=strided", *EVERY, "callbacks.sample_length=30")
     with wave.open(str(folder_of(run) / "samples" / "step-00000006" / "sample-0001.wav")) as sound:
         assert (sound.getframerate(), sound.getnframes()) == (12_000, 30)
+    with Image.open(folder_of(run) / "samples" / "step-00000006" / "spectrograms.png") as image:
+        assert image.size == (5, 2 + 2 * 130)
 
 
 class Recorder(WandbLogger):
@@ -101,6 +103,7 @@ def test_each_kind_is_handed_over_as_what_it_is():
     assert recorder.calls == [
         ("samples", 7, [(14, 8)]),
         ("samples", 7, [(30, np.dtype(np.int16), 12_000)] * 2),
+        ("spectrograms", 7, [(5, 262)]),
         ("samples", 7, [["0", "AAAAA"], ["1", "AAAAA"]]),
     ]
 
@@ -122,3 +125,6 @@ def test_tensorboard_can_read_back_what_it_was_given(tmp_path, kind, length, tag
     else:
         (event,) = kept(tag)
     assert event.step == 7
+    if kind == "audio":
+        (picture,) = read.Images("spectrograms")
+        assert (picture.step, picture.width, picture.height) == (7, 5, 262)

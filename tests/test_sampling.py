@@ -260,7 +260,7 @@ def test_bytes_of_an_image_are_row_by_row_with_r_g_b_of_a_pixel_together():
 
 def test_audio_is_written_as_wav_at_12_khz(trained, sample):
     path = trained("data=audio", "attention=strided")["checkpoint"]
-    (file, _) = sample(f"checkpoint={path}", "count=2", "length=32")
+    _, file, _ = sample(f"checkpoint={path}", "count=2", "length=32")
     with wave.open(str(file)) as sound:
         assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth(), sound.getnframes()) == (
             12000,

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from sparse_tx import UserError
+from sparse_tx.data.mu_law import encode_mu_law
 from sparse_tx.sampling import run, writers
 from sparse_tx.sampling.sampler import Sampler
 from sparse_tx.sampling.writers import image_of
@@ -32,6 +34,11 @@ def sample(compose):
 @pytest.fixture
 def image_model(trained):
     return trained("data=cifar10", "attention=strided", "trainer.max_steps=1")["checkpoint"]
+
+
+@pytest.fixture
+def audio_model(trained):
+    return trained("data=audio", "attention=strided", "trainer.max_steps=1")["checkpoint"]
 
 
 @pytest.fixture
@@ -287,3 +294,86 @@ def test_every_format_can_be_read_back(tmp_path):
         assert np.asarray(image).reshape(-1).tolist() == list(range(12))
     assert np.load(tmp_path / "sample-10000.npy").tolist() == list(range(12, 24))
     assert (tmp_path / "sample-9999.txt").read_bytes() == bytes(range(12))
+
+
+def spectrograms(samples, prompt=0):
+    """(height, width, 3) of the picture of samples, as one finds it on the disk."""
+    with Image.open(writers.write_spectrograms(samples, Path(), prompt)) as image:
+        assert (image.format, image.mode) == ("PNG", "P")
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def tone(hertz, bytes_):
+    return encode_mu_law(0.5 * np.sin(2 * np.pi * hertz / 12_000 * np.arange(bytes_)))
+
+
+@pytest.mark.parametrize("hertz", [117, 440, 3000, 5800])
+def test_a_tone_is_a_bright_line_at_its_frequency_from_when_it_begins(hertz):
+    samples = [tone(1000, 24_000), np.concatenate([np.full(12_000, 128, np.uint8), tone(hertz, 12_000)])]
+    strip = spectrograms(samples)[2 + 130 :][:128, 2:-2].sum(-1)
+    before, after = np.split(strip[:, : strip.shape[1] // 2 * 2], 2, axis=1)
+    steady = after[:, after.shape[1] // 4 : -after.shape[1] // 4]
+    from_below = 127 - steady.argmax(0)
+    assert abs((from_below + 0.5) * 6000 / 128 - hertz).max() < 6000 / 128
+    assert np.median(steady) < steady.max() / 3
+    assert (before[:, : before.shape[1] // 2] == strip.min()).all()
+
+
+def test_colours_are_decibels_below_the_loudest_of_all_samples():
+    samples = [encode_mu_law(a * np.sin(np.arange(12_000) / 2)) for a in (0.09, 0.9, 0.009, 0)]
+    levels = [strip[2:, 2:-2].max() for strip in np.split(np.asarray(writers.spectrograms(samples))[:-2], 4)]
+    assert np.array(levels) * 2.0 == pytest.approx([60, 80, 40, 0], abs=3)
+
+
+@pytest.mark.parametrize("bytes_", [1, 300, 1023, 5000])
+def test_silence_is_dark_at_any_length(bytes_):
+    hiss = np.random.default_rng(0).integers(127, 129, bytes_, dtype=np.uint8)
+    with np.errstate(all="raise"):
+        picture = spectrograms([np.full(bytes_, 128, np.uint8), np.full(bytes_, 127, np.uint8), hiss])
+    columns = -(-bytes_ // 64)
+    assert picture.shape == (2 + 3 * 130, columns + 4, 3)
+    white = picture.sum(-1) == 3 * 255
+    assert (picture[~white] == (0, 0, 4)).all()
+    assert (~white).sum() == 3 * 128 * columns
+
+
+@pytest.mark.parametrize(("bytes_", "columns"), [(1, 1), (12_288, 192), (65_536, 763), (1_048_576, 768)])
+def test_a_strip_is_128_pixels_tall_and_at_most_768_wide(bytes_, columns):
+    assert spectrograms([tone(440, bytes_)]).shape == (132, columns + 4, 3)
+
+
+def test_the_first_16_samples_have_a_strip():
+    samples = [tone(100 + 300 * k, 2000) for k in range(18)]
+    assert (spectrograms(samples) == spectrograms(samples[:16])).all()
+    assert len(spectrograms(samples)) == 2 + 16 * 130
+
+
+def test_a_white_line_is_where_a_prompt_ends_and_white_is_behind_a_shorter_sample():
+    white = (spectrograms([tone(440, 6400), tone(440, 3200)], prompt=1280).sum(-1) == 3 * 255)[:, 2:-2]
+    assert np.flatnonzero(white[2:130].all(0)).tolist() == [20]
+    assert np.flatnonzero(white[132:260].all(0)).tolist() == [20, *range(50, 100)]
+
+
+def test_drawn_sound_comes_with_a_picture_that_is_told_before_it(audio_model, sample, interrupted, capsys):
+    asked = (f"checkpoint={audio_model}", "count=18", "length=70")
+    paths = sample(*asked, "output=o")
+    names = ["spectrograms.png", *(f"sample-{k:04d}.wav" for k in range(18))]
+    assert paths == [Path("o") / name for name in names]
+    assert re.findall("wrote: o/(.*)", capsys.readouterr().out) == names
+    assert [s["file"] for s in manifest(Path("o"))["samples"]] == names[1:]
+    with Image.open(paths[0]) as image:
+        assert image.size == (4 + 2, 2 + 16 * 130)
+    assert [p.suffix for p in sample(*asked, "format=npy", "output=bytes")] == [".npy"] * 18
+    interrupted(3)
+    with pytest.raises(KeyboardInterrupt):
+        sample(*asked, "output=part")
+    with Image.open("part/spectrograms.png") as image:
+        assert image.size == (4 + 1, 2 + 8 * 130)
+
+
+def test_the_line_in_the_picture_is_at_the_length_of_the_prompt(audio_model, sample):
+    writers.write_wav(Path("start.wav"), tone(440, 140))
+    picture, _ = sample(f"checkpoint={audio_model}", "count=1", "prompt=start.wav")
+    with Image.open(picture) as image:
+        white = np.asarray(image.convert("L"))[2:130, 2:-2].min(0) == 255
+    assert white.tolist() == [False, False, True, False]

@@ -17,7 +17,8 @@ SHOWN = 1200  # characters of a text sample
 
 
 def model_card(described: dict[str, Any], samples: list[Path], folder: Path, name: str) -> str:
-    """README.md in Markdown with the hub's front matter. described: what config.json holds; samples: inside folder."""
+    """README.md in Markdown with the hub's front matter. described: what config.json holds; samples: inside folder, the
+    picture of all images or of all sound before them."""
     spec, config = ModelSpec.of(described["model"]), described["config"]
     kind, data = spec.kind, config["data"]
     front = ["---", "library_name: sparse-tx"]
@@ -104,9 +105,10 @@ def _samples(samples: list[Path], folder: Path, kind: str) -> list[str]:
     names = [path.relative_to(folder).as_posix() for path in samples]
     lines = ["## Samples", ""]
     if kind == "image":
-        lines.append(f"![samples]({names[0]})")  # the grid
+        lines.append(f"![samples]({names[0]})")
     elif kind == "audio":
-        lines += [f'<audio controls src="{name}"></audio>' for name in names]
+        lines += [f"![spectrograms]({names[0]})", ""]
+        lines += [f'<audio controls src="{name}"></audio>' for name in names[1:]]
     else:
         text = samples[0].read_bytes().decode("utf-8", "replace")[:SHOWN]
         text = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)

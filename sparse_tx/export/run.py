@@ -100,4 +100,4 @@ def _draw(config: ExportConfig, length: int, folder: Path) -> list[Path]:
         drawn = sample(wanted)
     for noted in {p for p in (folder / "samples").iterdir() if p.is_file()} - set(drawn):
         noted.unlink()  # what sampling writes beside the samples tells of this machine
-    return sorted(drawn)  # an image grid sorts before the samples
+    return drawn

@@ -11,7 +11,7 @@ from sparse_tx.errors import UserError
 from sparse_tx.model import ModelSpec
 from sparse_tx.sampling.manifest import bits_by_sample, write_manifest
 from sparse_tx.sampling.sampler import Samples
-from sparse_tx.sampling.writers import write_grid, write_samples
+from sparse_tx.sampling.writers import write_grid, write_samples, write_spectrograms
 
 
 class Kept:
@@ -28,7 +28,7 @@ class Kept:
         self.files: list[Path] = []
         self.entries: list[dict[str, Any]] = []
         self.first: bytes = b""  # the first sample
-        self._images: list[np.ndarray] = []
+        self._pictured: list[np.ndarray] = []
 
     def add(self, samples: Samples) -> None:
         """samples: the next ones, of fewer bytes than asked for if they were interrupted."""
@@ -48,12 +48,16 @@ class Kept:
             number += 1
         self.first = self.first or tokens[0].tobytes()
         self.files += files
-        if self.format == "png":
-            self._images += list(tokens)
+        if self.format in ("png", "wav"):
+            self._pictured += list(tokens)
         write_manifest(self.folder, self.described, self.entries)
 
     def paths(self) -> list[Path]:
-        """Of all files, with the grid of images, which is written here, before the others."""
-        if not self._images:
+        """Of all files, with the grid of images or the spectrograms of sound, written here, before the others."""
+        if not self._pictured:
             return self.files
-        return [write_grid(self._images, self.spec.context, self.folder), *self.files]
+        if self.format == "png":
+            picture = write_grid(self._pictured, self.spec.context, self.folder)
+        else:
+            picture = write_spectrograms(self._pictured, self.folder, self.prompt)
+        return [picture, *self.files]

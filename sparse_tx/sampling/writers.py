@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image
 
 from sparse_tx.data.mu_law import RATE, expand_mu_law
+from sparse_tx.sampling.spectrogram import spectrograms
 
 FORMATS = {"image": ("png", "npy"), "text": ("txt", "bin"), "audio": ("wav", "npy")}
 GRID = "grid.png"
+SPECTROGRAMS = "spectrograms.png"
 
 
 def write_samples(tokens: np.ndarray, context: int, format: str, folder: Path, first: int = 0) -> list[Path]:
@@ -38,6 +40,13 @@ def write_grid(tokens: Sequence[np.ndarray], context: int, folder: Path) -> Path
     """All images beside each other, in one PNG."""
     path = folder / GRID
     grid([image_of(t, context) for t in tokens]).save(path)
+    return path
+
+
+def write_spectrograms(tokens: Sequence[np.ndarray], folder: Path, prompt: int = 0) -> Path:
+    """Sound to look at, in one PNG: see `spectrograms`. prompt: bytes that each starts with."""
+    path = folder / SPECTROGRAMS
+    spectrograms(tokens, prompt).save(path, optimize=True)
     return path
 
 

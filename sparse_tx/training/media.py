@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from sparse_tx.data.mu_law import RATE, expand_mu_law
 from sparse_tx.model import ModelSpec
 from sparse_tx.sampling.sampler import Sampler
-from sparse_tx.sampling.writers import FORMATS, grid, image_of, write_grid, write_samples
+from sparse_tx.sampling.spectrogram import spectrograms
+from sparse_tx.sampling.writers import FORMATS, grid, image_of, write_grid, write_samples, write_spectrograms
 from sparse_tx.training.ema import EMA
 from sparse_tx.training.progress import Progress
 
@@ -64,6 +65,8 @@ class DrawSamples(Callback):
         write_samples(samples, self.spec.context, FORMATS[self.spec.kind][0], folder)
         if self.spec.kind == "image":
             write_grid(list(samples), self.spec.context, folder)
+        elif self.spec.kind == "audio":
+            write_spectrograms(list(samples), folder)
         log_media(trainer, self.spec, samples, step)
         self.progress.leave_out(time.perf_counter() - started)
 
@@ -75,7 +78,8 @@ class DrawSamples(Callback):
 
 
 def log_media(trainer: Trainer, spec: ModelSpec, samples: np.ndarray, step: int) -> None:
-    """Hand samples (N, S) uint8 to the loggers that can show them: a grid of images, texts, or sound at 12 kHz."""
+    """Hand samples (N, S) uint8 to the loggers that can show them: a grid of images, texts, or sound at 12 kHz
+    and its spectrograms."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             _to_wandb(logger, spec, samples, step)
@@ -89,6 +93,7 @@ def _to_wandb(logger: WandbLogger, spec: ModelSpec, samples: np.ndarray, step: i
     elif spec.kind == "audio":
         rates = [RATE] * len(samples)
         logger.log_audio("samples", [expand_mu_law(s) for s in samples], step=step, sample_rate=rates)
+        logger.log_image("spectrograms", [spectrograms(list(samples))], step=step)
     else:
         rows = [[str(number), _text(s)] for number, s in enumerate(samples)]
         logger.log_text("samples", columns=["number", "text"], data=rows, step=step)
@@ -99,6 +104,9 @@ def _to_tensorboard(writer: Any, spec: ModelSpec, samples: np.ndarray, step: int
         pixels = np.asarray(grid([image_of(s, spec.context) for s in samples]))
         writer.add_image("samples", pixels, step, dataformats="HWC")
         return
+    if spec.kind == "audio":
+        pixels = np.asarray(spectrograms(list(samples)).convert("RGB"))
+        writer.add_image("spectrograms", pixels, step, dataformats="HWC")
     for number, sample in enumerate(samples):
         if spec.kind == "audio":
             wave = torch.from_numpy(expand_mu_law(sample) / np.float32(32768))
