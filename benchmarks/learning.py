@@ -165,6 +165,7 @@ def plot(curves: list[Curve], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     names = list(dict.fromkeys(c.name for c in curves))
@@ -177,7 +178,10 @@ def plot(curves: list[Curve], path: Path) -> None:
     axes[1].set(xlabel="million bytes seen", xscale="log")
     axes[0].legend(frameon=False)
     for axis in axes:
-        axis.grid(alpha=0.3, which="both")
+        # Bits span less than a decade: a logarithmic axis by itself would label few of them, as 3 x 10^0.
+        axis.yaxis.set(major_locator=MaxNLocator(8, steps=[1, 2, 5, 10]), major_formatter="{x:g}", minor_formatter="")
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

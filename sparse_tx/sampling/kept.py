@@ -11,6 +11,7 @@ from sparse_tx.errors import UserError
 from sparse_tx.model import ModelSpec
 from sparse_tx.sampling.manifest import bits_by_sample, write_manifest
 from sparse_tx.sampling.sampler import Samples
+from sparse_tx.sampling.spectrogram import STRIPS
 from sparse_tx.sampling.writers import write_grid, write_samples, write_spectrograms
 
 
@@ -48,8 +49,10 @@ class Kept:
             number += 1
         self.first = self.first or tokens[0].tobytes()
         self.files += files
-        if self.format in ("png", "wav"):
+        if self.format == "png":
             self._pictured += list(tokens)
+        elif self.format == "wav":
+            self._pictured = [*self._pictured, *tokens][:STRIPS]
         write_manifest(self.folder, self.described, self.entries)
 
     def paths(self) -> list[Path]:
