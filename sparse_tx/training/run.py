@@ -17,7 +17,7 @@ from sparse_tx.data import DataModule, prepare
 from sparse_tx.errors import UserError
 from sparse_tx.evaluation.run import backends, unit_of
 from sparse_tx.model.cost import Cost, cost_of
-from sparse_tx.model.fused import unsupported
+from sparse_tx.model.fused import fuses, unsupported
 from sparse_tx.training.callbacks import (
     BEST,
     LAST,
@@ -279,10 +279,10 @@ def _blocks(config: TrainConfig, device: torch.device, precision: str) -> str:
             )
         if config.trainer.fused == "false" or unsupported(device) is not None:
             raise UserError("trainer.residual=bfloat16 needs fused blocks, on a GPU: use trainer.residual=float32")
-    wanted, reason = config.trainer.fused, unsupported(device)
-    if wanted == "true" and reason is not None and not config.dry_run:
+    wanted = config.trainer.fused
+    if wanted == "true" and not config.dry_run and (reason := unsupported(device)) is not None:
         raise UserError(f"trainer.fused=true cannot run here: {reason}")
-    if reason is None and (wanted == "true" or (wanted == "auto" and device.type == "cuda")):
+    if fuses(wanted, device):
         return "fused"
     return "compiled" if compiles(config, device) else "plain"
 
