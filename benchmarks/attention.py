@@ -3,7 +3,6 @@
     python benchmarks/attention.py                              # all workloads and rivals: minutes, mostly compiling
     python benchmarks/attention.py --workloads cifar10 --rivals dense
     python benchmarks/attention.py --sweep                      # cost against n at 2^20 positions
-    python benchmarks/attention.py --host                       # what an eager call costs the host, not the GPU
 
 Every arm runs under CUDA graphs over several sets of inputs (together larger than the L2 cache); medians of replays.
 Before an arm is timed it is compared, gradients too, with the float64 oracle: at most twice the error of dense torch in
@@ -18,7 +17,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from sparse_tx.attention import Block, Column, Full, Summary, Window, packed_attention, sparse_attention
+from sparse_tx.attention import Block, Column, Full, Summary, Window
 from sparse_tx.attention.kernels import triton_attention
 from sparse_tx.attention.oracle import oracle_attention
 from sparse_tx.attention.patterns import Pattern
@@ -389,70 +387,17 @@ def sweep() -> list[dict]:
     return rows
 
 
-HOST = {  # patterns of 2 heads of small layers, whose kernels the host may not keep up with
-    "window and column": _strided(24, 2),
-    "block and summary": (Block(128) | Summary(128, 32), Block(128) | Summary(128, 32, 1)),
-    "window": (Window(24),) * 2,
-    "column": (Column(24),) * 2,
-}
-
-
-def host_us(call: Callable[[], object], calls: int = 20, repeats: int = 25) -> float:
-    """Median us of the host for one call: few enough in a row that none waits for room in the GPU's queue."""
-    times = []
-    for _ in range(repeats + 2):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - begin) / calls * 1e6)
-    return statistics.median(times[2:])
-
-
-def host() -> list[dict]:
-    """Of an eager forward pass without gradients, and of forward and backward, from separate tensors and from one."""
-    rows = []
-    print("| heads of | forward | both | packed: both |")
-    print("| --- | --- | --- | --- |")
-    for name, patterns in HOST.items():
-        work = Workload(1, 768, 2, 64, 64, patterns)
-        *qkv, g = work.inputs()
-        packed = torch.cat([t.detach().flatten(2) for t in qkv], -1).requires_grad_()
-        out = packed_attention(packed, work.H, work.H * work.Dqk, patterns, backend="triton")
-        assert torch.equal(out, sparse_attention(*qkv, patterns, backend="triton"))
-
-        def forward(qkv=qkv, patterns=patterns):
-            with torch.no_grad():
-                sparse_attention(*qkv, patterns, backend="triton")
-
-        def both(qkv=qkv, patterns=patterns, g=g):
-            torch.autograd.grad(sparse_attention(*qkv, patterns, backend="triton"), qkv, g)
-
-        def both_packed(packed=packed, patterns=patterns, g=g, work=work):
-            out = packed_attention(packed, work.H, work.H * work.Dqk, patterns, backend="triton")
-            torch.autograd.grad(out, packed, g)
-
-        times = [host_us(call) for call in (forward, both, both_packed)]
-        rows.append({"heads": name} | dict(zip(("fwd", "both", "packed"), times, strict=True)))
-        print(f"| {name} | " + " | ".join(f"{t:.0f}" for t in times) + " |", flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", default="", help="comma-separated beginnings of names; all if empty")
     parser.add_argument("--rivals", default=",".join(RIVALS))
     parser.add_argument("--check", type=int, default=12288, help="most positions compared with the oracle")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--host", action="store_true", help="us of the host for an eager call")
     parser.add_argument("--json", type=Path, help="write every number here")
     options = parser.parse_args()
     torch.manual_seed(0)
-    unit = "us of the host" if options.host else "ms"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16, {unit}\n")
-    if options.host:
-        rows = host()
-    elif options.sweep:
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16, ms\n")
+    if options.sweep:
         rows = sweep()
     else:
         names = [n for n in WORKLOADS if any(n.startswith(w) for w in options.workloads.split(","))]
