@@ -9,6 +9,7 @@ import torch
 
 from sparse_tx import UserError
 from sparse_tx.evaluation.bits import Score
+from sparse_tx.evaluation.run import choose_device
 
 
 @pytest.fixture
@@ -129,3 +130,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(evaluate, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         evaluate(f"checkpoint={tmp_path / 'bad.ckpt'}")
     assert not (tmp_path / "made_by_code").exists()
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        assert choose_device(name) == torch.device(name)
+    assert chosen == [torch.device("cuda:1")]
+    with pytest.raises(UserError, match="device=cuda:2: 2 GPUs are visible"):
+        choose_device("cuda:2")

@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:1" as a device that is there."""
+    """ "auto", "cpu", "cuda" or "cuda:1" as a device that is there. A GPU that is named becomes the current one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -93,6 +93,8 @@ def choose_device(name: str) -> torch.device:
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={name}: {torch.cuda.device_count()} GPUs are visible; use device=cpu or auto")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton launches, and graphs are captured
     return device
 
 
