@@ -86,7 +86,7 @@ class ModelConfig:
     dropout: float = 0.0
     recompute: str = "none"
     qk_norm: bool = False
-    rotary: bool = False
+    rotary: str = "none"
     activation: str = "gelu"
     init: str = "paper"
 

@@ -60,7 +60,7 @@ CIFAR = decoded(AttentionSpec("strided", stride=96))
 ENWIK8 = decoded(AttentionSpec("fixed", stride=128, c=32), "text", 12288, 512, 8, 512, 2048)
 IMAGENET = decoded(AttentionSpec("strided", stride=128, combine="interleaved"), "image", 12288, 512, 16, 512, 2048)
 ODD = decoded(AttentionSpec("strided", stride=8, combine="split"), "text", 100, 96, 2, 24, 80)
-OTHER = dataclasses.replace(CIFAR, qk_norm=True, rotary=True, activation="relu2")
+OTHER = dataclasses.replace(CIFAR, qk_norm=True, rotary="axes", activation="relu2")
 DECODING = {
     "CIFAR-10, 1 row": (CIFAR, 1, torch.bfloat16),
     "CIFAR-10, 1,024 rows": (CIFAR, 1024, torch.bfloat16),
@@ -72,7 +72,7 @@ DECODING = {
     "float32": (CIFAR, 100, torch.float32),
     "float32, 2 rows": (CIFAR, 2, torch.float32),
     "other than the paper's, 1 row": (OTHER, 1, torch.bfloat16),
-    "other than the paper's, 40 rows": (OTHER, 40, torch.float16),
+    "other than the paper's, 40 rows": (dataclasses.replace(OTHER, rotary="position"), 40, torch.float16),
 }
 
 

@@ -46,7 +46,7 @@ def test_fused_logits_equal_the_forward_pass(name):
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
-@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True, "qk": 10}, {"rotary": True}], ids=str)
+@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True, "qk": 10}, {"rotary": "position"}], ids=str)
 @torch.inference_mode()
 def test_other_models_than_the_papers_are_decoded_as_well(change, kind):
     tokens = tokens_of(2, 14)
@@ -122,7 +122,7 @@ def test_a_feedforward_of_too_many_shares_stays_two_launches(monkeypatch):
     assert not configs.joins_feedforward(1, 512, 2048)
 
 
-@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True, "qk": 10}, {"rotary": True}], ids=str)
+@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True, "qk": 10}, {"rotary": "position"}], ids=str)
 @torch.inference_mode()
 def test_joined_launches_decode_other_models_than_the_papers_as_well(monkeypatch, change):
     tokens = tokens_of(2, 14)

@@ -20,7 +20,7 @@ ATTENTIONS = {
 }
 
 
-OTHER = {"qk_norm": True, "rotary": True, "activation": "relu2"}  # than the paper's
+OTHER = {"qk_norm": True, "rotary": "axes", "activation": "relu2"}  # than the paper's
 
 
 def model_of(attention, kind="text", context=36, **change):
@@ -61,7 +61,7 @@ def test_cached_logits_equal_the_forward_pass(name, static):
             torch.testing.assert_close(steps(decoder, tokens[:, :length], P), whole[:, P:length], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True}, {"rotary": True}], ids=str)
+@pytest.mark.parametrize("change", [OTHER, {"qk_norm": True}, {"rotary": "axes"}, {"rotary": "position"}], ids=str)
 @pytest.mark.parametrize("static", [False, True], ids=["sliced", "static"])
 @torch.inference_mode()
 def test_queries_and_keys_normed_and_turned_are_kept_as_they_are_seen(static, change):

@@ -76,7 +76,7 @@ def test_it_is_scored_and_sampled_like_its_checkpoint(exported, compose, run):
 
 
 def test_the_card_shows_images_and_the_python_in_it_runs(compose, trained, monkeypatch):
-    other = ("model.qk_norm=true", "model.rotary=true", "model.activation=relu2", "model.init=zero")
+    other = ("model.qk_norm=true", "model.rotary=axes", "model.activation=relu2", "model.init=zero")
     checkpoint = trained("data=cifar10", "attention=strided", "trainer.max_steps=1", *other)["checkpoint"]
     folder = export(compose("export", f"checkpoint={checkpoint}", "to=up/cifar", "debug=fast", "device=cpu"))
     card = (folder / "README.md").read_text()

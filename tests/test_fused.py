@@ -20,7 +20,7 @@ from sparse_tx.training.memory import memory_of
 
 pytestmark = MARKS
 POLICIES = ("activation", "feedforward", "attention", "cheap", "block")
-OTHER = {"qk_norm": True, "rotary": True, "activation": "relu2"}  # than the paper's
+OTHER = {"qk_norm": True, "rotary": "axes", "activation": "relu2"}  # than the paper's
 
 
 def model_of(name="full", dropout=0.3, **changes):
@@ -67,7 +67,9 @@ def error(grads, exact):
         ("full", 0.3, {}),
         ("strided", 0.3, OTHER),
         ("full", 0.0, {"qk_norm": True, "qk": 27}),
-        ("full", 0.0, {"rotary": True, "kind": "image", "context": 48}),
+        ("full", 0.0, {"rotary": "axes", "kind": "image", "context": 48}),
+        ("full", 0.0, {"rotary": "position", "kind": "image", "context": 48}),
+        ("strided", 0.0, {**OTHER, "rotary": "position"}),
     ],
     ids=str,
 )

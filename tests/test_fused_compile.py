@@ -31,7 +31,9 @@ def launches(monkeypatch, C, F, dtype, residual, p, kind):
         for name in KERNELS[module.__name__.rpartition(".")[2]]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
     with torch.device("meta"):
-        spec = ModelSpec("image", 3072, 1, C, C // 8, C // 2, F, AttentionSpec("full"), activation=kind, **QUERY_KEY)
+        spec = ModelSpec(
+            "image", 3072, 1, C, C // 8, C // 2, F, AttentionSpec("full"), activation=kind, **QUERY_KEY[kind]
+        )
         (block,) = Transformer(spec).blocks
         ln, out, qkv, ff = block.ff_norm, block.attention.out, block.attention.qkv, block.ff
         h = torch.empty(2, 3072, C, dtype=residual, requires_grad=True)
@@ -49,7 +51,7 @@ def launches(monkeypatch, C, F, dtype, residual, p, kind):
     return found
 
 
-QUERY_KEY = {"qk_norm": True, "rotary": True}
+QUERY_KEY = {"gelu": {"qk_norm": True, "rotary": "axes"}, "relu2": {"qk_norm": True, "rotary": "position"}}
 CASES = [
     (256, 512, torch.bfloat16, torch.bfloat16, 0.25, "gelu"),
     (512, 2048, torch.bfloat16, torch.float32, 0.0, "relu2"),

@@ -42,7 +42,7 @@ def kept_bytes(spec, batch):
 
 
 @pytest.mark.parametrize("again", PLAIN)
-@pytest.mark.parametrize("change", [{}, {"qk_norm": True, "rotary": True}, {"activation": "relu2"}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"qk_norm": True, "rotary": "axes"}, {"activation": "relu2"}], ids=str)
 def test_what_plain_blocks_keep_is_what_is_expected(again, change):
     spec = dataclasses.replace(sized().recomputing(again), **change)
     expected = memory_of(spec, 2, half=False, blocks="plain").kept - 2 * 2 * spec.context * spec.width * 4

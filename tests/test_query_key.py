@@ -1,6 +1,7 @@
 """The norm and the rotation of queries and keys, the activations and first values that a model can ask for."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def split(qkv, heads, qk):
 
 
 def test_a_norm_leaves_root_mean_squares_of_one_and_the_temperature_scales_queries_alone():
-    layer = QueryKey(2, 12, norm=True, shape=None)
+    layer = QueryKey(2, 12, norm=True, rotary="none", shape=(5, 1))
     with torch.no_grad():
         layer.temperature.copy_(torch.tensor([0.0, 0.7]))
     qkv = 3 * torch.randn(2, 5, 12 + 12 + 8)
@@ -29,7 +30,7 @@ def test_a_norm_leaves_root_mean_squares_of_one_and_the_temperature_scales_queri
 
 @pytest.mark.parametrize("shape", [(4, 6), (3, 3, 3)], ids=str)
 def test_a_score_depends_on_the_distances_in_rows_and_columns_alone(shape):
-    layer = QueryKey(1, 16, norm=False, shape=shape)
+    layer = QueryKey(1, 16, norm=False, rotary="axes", shape=shape)
     inner = shape[2] if len(shape) == 3 else 1
     q, k = torch.randn(2, 16)
     qkv = torch.cat([q, k, torch.randn(4)]).expand(1, shape[0] * shape[1] * inner, 36)
@@ -45,25 +46,46 @@ def test_a_score_depends_on_the_distances_in_rows_and_columns_alone(shape):
     torch.testing.assert_close(seen[0, 0], q @ k)
 
 
-def test_a_turn_is_the_product_with_a_complex_number():
-    layer = QueryKey(1, 8, norm=False, shape=(5, 7))
+@pytest.mark.parametrize("shape", [(4, 6), (3, 3, 3)], ids=str)
+def test_turned_by_the_position_a_score_depends_on_the_distance_alone(shape):
+    layer = QueryKey(1, 14, norm=False, rotary="position", shape=shape)
+    n = math.prod(shape)
+    q, k = torch.randn(2, 14)
+    turned_q, turned_k, _ = split(layer(torch.cat([q, k, torch.randn(4)]).expand(1, n, 32)), 1, 14)
+    scores = torch.einsum("bshd,bthd->st", turned_q, turned_k)
+    for distance in range(n):
+        same = scores.diagonal(-distance)
+        torch.testing.assert_close(same, same[:1].expand_as(same), rtol=1e-4, atol=1e-4)
+    assert len({round(float(s), 3) for s in scores[:, 0]}) > n / 2  # and they differ
+    torch.testing.assert_close(scores[0, 0], q @ k)
+
+
+ANGLES = {  # of the four pairs at a position of 5 rows of 7
+    "axes": lambda place: (place // 7, place // 7 / 5, place % 7, place % 7 / 7),
+    "position": lambda place: (place, place * 35 ** (-1 / 3), place * 35 ** (-2 / 3), place / 35),
+}
+
+
+@pytest.mark.parametrize("rotary", ["axes", "position"])
+def test_a_turn_is_the_product_with_a_complex_number(rotary):
+    layer = QueryKey(1, 8, norm=False, rotary=rotary, shape=(5, 7))
     x = torch.randn(1, 35, 20, dtype=torch.float64)
     q, _, _ = split(layer(x), 1, 8)
     for place in (0, 8, 34):
-        row, column = divmod(place, 7)
-        angles = torch.tensor([row * 1.0, row / 5, column * 1.0, column / 7], dtype=torch.float64)
+        angles = torch.tensor(ANGLES[rotary](place), dtype=torch.float64)
         numbers = torch.complex(x[0, place, :4], x[0, place, 4:8]) * torch.polar(torch.ones_like(angles), angles)
         torch.testing.assert_close(q[0, place, 0], torch.cat([numbers.real, numbers.imag]), rtol=1e-6, atol=1e-6)
 
 
-def test_one_position_alone_is_turned_as_in_its_sequence():
-    layer = QueryKey(2, 16, norm=True, shape=(5, 7))
+@pytest.mark.parametrize("rotary", ["axes", "position"])
+def test_one_position_alone_is_turned_as_in_its_sequence(rotary):
+    layer = QueryKey(2, 16, norm=True, rotary=rotary, shape=(5, 7))
     x = torch.randn(3, 35, 40)
     torch.testing.assert_close(layer(x[:, 12], torch.tensor([12])), layer(x)[:, 12])
 
 
 def test_a_model_with_them_is_causal_and_learns_all_of_its_numbers():
-    spec = small(qk_norm=True, rotary=True, activation="relu2")
+    spec = small(qk_norm=True, rotary="axes", activation="relu2")
     model = trained(spec)
     tokens = torch.randint(256, (2, 40))
     other = tokens.clone()
@@ -92,8 +114,9 @@ def test_activations_are_those_of_their_papers():
 def test_the_papers_model_has_none_of_it():
     names = {n for n, _ in Transformer(small()).named_parameters()}
     assert not any("query_key" in n for n in names)
-    assert {n for n, _ in Transformer(small(rotary=True)).named_parameters()} == names
-    assert set(Transformer(small(rotary=True)).state_dict()) == set(Transformer(small()).state_dict())
+    for rotary in ("axes", "position"):
+        assert {n for n, _ in Transformer(small(rotary=rotary)).named_parameters()} == names
+        assert set(Transformer(small(rotary=rotary)).state_dict()) == set(Transformer(small()).state_dict())
 
 
 def test_a_checkpoint_from_before_they_were_there_is_the_papers():
@@ -101,12 +124,16 @@ def test_a_checkpoint_from_before_they_were_there_is_the_papers():
     for name in ("qk_norm", "rotary", "activation", "init"):
         del plain[name]
     assert type(small()).of(plain) == small()
+    assert type(small()).of({**plain, "rotary": True}) == small(rotary="axes")
+    assert type(small()).of({**plain, "rotary": False}) == small()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rotary": True, "qk": 12}, r"model.qk=12 over model.heads=2 is 6 a head, which must be a multiple of 4"),
+        ({"rotary": "axes", "qk": 12}, r"model.qk=12 over model.heads=2 is 6 a head, which must be a multiple of 4"),
+        ({"rotary": "position", "qk": 6}, r"model.qk=6 over model.heads=2 is 3 a head, which must be a multiple of 2"),
+        ({"rotary": "True"}, "model.rotary='True' is not known: use one of none, axes, position"),
         ({"activation": "swish"}, "model.activation='swish' is not known: use one of gelu, relu2"),
         ({"init": "one"}, "model.init='one' is not known: use one of paper, zero"),
     ],

@@ -24,6 +24,7 @@ from sparse_tx.model.fused import fuses
 from sparse_tx.model.loss import position_nats
 
 ORDERS = (0, 1, 2)
+AT_ONCE = 1 << 16  # bytes that a GPU is given at a time at least: 24,576 of a model of 51M wait for the host's launches
 COUNTED_AT_MOST = 1 << 28  # training bytes that count models are fitted on: longer sets take minutes
 
 
@@ -38,10 +39,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if min_context is None:
         min_context = checkpoint.config["evaluation"]["min_context"]
     limit = 2 if config.debug == "fast" else config.limit if config.limit is not None else data["limit"]
-    batch = config.batch_size or checkpoint.config["evaluation"]["batch_size"] or data["batch_size"]
+    given = config.batch_size or checkpoint.config["evaluation"]["batch_size"]
     datamodule = DataModule(
         spec,
-        batch_size=batch,
+        batch_size=windows_at_once(given, data["batch_size"], spec.context, device),
         seed=0,
         max_steps=1,
         workers=0,
@@ -79,6 +80,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for line in _report(result, datamodule.prepared, windows, checkpoint):
         print(line)
     return result
+
+
+def windows_at_once(given: int | None, trained: int, context: int, device: torch.device) -> int:
+    """Windows in an evaluation batch of one device: as given, else as in training, on a GPU AT_ONCE bytes at least."""
+    if given is not None:
+        return given
+    return max(trained, AT_ONCE // context) if device.type == "cuda" else trained
 
 
 def choose_device(name: str) -> torch.device:

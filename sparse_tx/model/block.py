@@ -38,9 +38,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(spec.width, 2 * spec.qk + spec.width)
         self.out = nn.Linear(spec.width, spec.width)
         self.query_key: QueryKey | None = None
-        if spec.qk_norm or spec.rotary:
-            shape = spec.position_shape() if spec.rotary else None
-            self.query_key = QueryKey(spec.heads, spec.qk, norm=spec.qk_norm, shape=shape)
+        if spec.qk_norm or spec.rotary != "none":
+            self.query_key = QueryKey(
+                spec.heads, spec.qk, norm=spec.qk_norm, rotary=spec.rotary, shape=spec.position_shape()
+            )
         _init(self.qkv)
         _init(self.out, _last(spec))
 

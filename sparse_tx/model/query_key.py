@@ -14,21 +14,30 @@ class QueryKey(nn.Module):
     """(..., S, 2 qk + C) -> the same, projections whose queries and keys are normed and turned, head by head.
 
     norm: divide each head's queries and keys by their root mean square (Henry et al. 2020); queries are then scaled by
-    the head's learned temperature exp(t). shape: of the position tables; pairs of a head's numbers are turned by
-    angles that grow with the position (Su et al. 2021), half of the pairs along the first axis, half along the second
-    (the rows and columns that the patterns know), from 1 radian a place to 1 over the axis; None turns nothing.
+    the head's learned temperature exp(t). rotary: pairs of a head's numbers are turned by angles that grow with the
+    position (Su et al. 2021). "axes": half of the pairs along the first axis of `shape`, that of the position tables,
+    half along the second (the rows and columns that the patterns know), from 1 radian a place to 1 over the axis.
+    "position": all pairs with the position in the sequence, from 1 radian to 1 over all of it. "none": not turned.
     """
 
-    turns: Tensor | None  # (places of both axes, D / 4, 2): cosine and sine by place on an axis
+    turns: Tensor | None  # (places of both axes, D / 4 or D / 2, 2): cosine and sine by place on an axis
 
-    def __init__(self, heads: int, qk: int, *, norm: bool, shape: tuple[int, ...] | None) -> None:
+    def __init__(self, heads: int, qk: int, *, norm: bool, rotary: str, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.heads, self.qk, self.norm = heads, qk, norm
-        rows, columns, *inner = shape or (1, 1)
+        self.heads, self.qk, self.norm, self.rotary = heads, qk, norm, rotary
+        rows, columns, *inner = shape
         self.axes = rows, columns, math.prod(inner)  # places on both, and positions to a place on the second
         if norm:
             self.temperature = nn.Parameter(torch.zeros(heads))
-        turns = None if shape is None else _turns((rows, columns), qk // heads // 4)
+        turns = None
+        if rotary == "axes":
+            turns = torch.cat([_turns(n, 1, n, qk // heads // 4) for n in (rows, columns)])
+        elif rotary == "position":
+            # Turned by the row's first position, then by the place in the row: two short tables in place of a long one.
+            columns *= math.prod(inner)
+            self.axes = rows, columns, 1
+            whole, pairs = rows * columns, qk // heads // 2
+            turns = torch.cat([_turns(rows, columns, whole, pairs), _turns(columns, 1, whole, pairs)])
         self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, qkv: Tensor, position: Tensor | None = None) -> Tensor:
@@ -51,13 +60,15 @@ class QueryKey(nn.Module):
         assert self.turns is not None
         rows, columns, inner = self.axes
         row, column = position // (columns * inner), position // inner % columns
-        return torch.cat([self.turns[row], self.turns[rows + column]], 1)
+        by_row, by_column = self.turns[row], self.turns[rows + column]
+        if self.rotary == "axes":
+            return torch.cat([by_row, by_column], 1)
+        (a, b), (c, d) = by_row.unbind(-1), by_column.unbind(-1)
+        return torch.stack([a * c - b * d, b * c + a * d], -1)
 
 
-def _turns(lengths: tuple[int, ...], pairs: int) -> Tensor:
-    rows = []
-    for n in lengths:
-        speeds = torch.tensor([n ** (-f / max(1, pairs - 1)) for f in range(pairs)], dtype=torch.float64)
-        angles = torch.arange(n, dtype=torch.float64)[:, None] * speeds
-        rows.append(torch.stack([angles.cos(), angles.sin()], -1))
-    return torch.cat(rows).float()
+def _turns(places: int, step: int, length: int, pairs: int) -> Tensor:
+    """(places, pairs, 2): cosine and sine of angles at 0, step, 2 step, ..., from 1 to 1 / length radians a place."""
+    speeds = torch.tensor([length ** (-f / max(1, pairs - 1)) for f in range(pairs)], dtype=torch.float64)
+    angles = step * torch.arange(places, dtype=torch.float64)[:, None] * speeds
+    return torch.stack([angles.cos(), angles.sin()], -1).float()

@@ -18,6 +18,7 @@ RECOMPUTE = ("none", "activation", "feedforward", "attention", "cheap", "block")
 ACTIVATIONS = ("gelu", "relu2")  # x sigmoid(1.702 x) (the paper's code); max(x, 0)^2 (So et al. 2021)
 # Of the two matrices of a block that add to the residual stream: small by its depth, as in the paper, or zero.
 INITS = ("paper", "zero")
+ROTARY = ("none", "axes", "position")  # what queries and keys are turned by: nothing, row and column, the position
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ModelSpec:
     dropout: float = 0.0
     recompute: str = "none"
     qk_norm: bool = False
-    rotary: bool = False
+    rotary: str = "none"
     activation: str = "gelu"
     init: str = "paper"
 
@@ -72,13 +73,14 @@ class ModelSpec:
             raise ValueError(f"model.dropout={self.dropout}: it must be at least 0 and below 1")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"model.recompute={self.recompute!r} is not known: use one of {', '.join(RECOMPUTE)}")
-        for name, known in (("activation", ACTIVATIONS), ("init", INITS)):
+        for name, known in (("rotary", ROTARY), ("activation", ACTIVATIONS), ("init", INITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is not known: use one of {', '.join(known)}")
-        if self.rotary and self.qk // self.heads % 4:
+        pairs = {"none": 1, "axes": 4, "position": 2}[self.rotary]
+        if self.qk // self.heads % pairs:
             raise ValueError(
-                f"model.rotary=true turns pairs by row and column: model.qk={self.qk} over model.heads={self.heads} is "
-                f"{self.qk // self.heads} a head, which must be a multiple of 4"
+                f"model.rotary={self.rotary} turns pairs of numbers: model.qk={self.qk} over model.heads={self.heads} "
+                f"is {self.qk // self.heads} a head, which must be a multiple of {pairs}"
             )
         if self.kind not in DATA_KINDS:
             raise ValueError(f"data.kind={self.kind!r} is not known: use one of {', '.join(DATA_KINDS)}")
@@ -130,6 +132,8 @@ class ModelSpec:
         """From what `plain` gave."""
         attention = dict(plain["attention"])
         attention["order"] = None if attention["order"] is None else tuple(attention["order"])
+        if isinstance(plain.get("rotary"), bool):  # of checkpoints from when there was one way
+            plain = {**plain, "rotary": "axes" if plain["rotary"] else "none"}
         return cls(**{**plain, "attention": AttentionSpec(**attention)})
 
 

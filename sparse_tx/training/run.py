@@ -15,7 +15,7 @@ from sparse_tx.checkpoint import read_checkpoint
 from sparse_tx.config import TrainConfig
 from sparse_tx.data import DataModule, prepare
 from sparse_tx.errors import UserError
-from sparse_tx.evaluation.run import backends, unit_of
+from sparse_tx.evaluation.run import backends, unit_of, windows_at_once
 from sparse_tx.model.cost import Cost, cost_of
 from sparse_tx.model.fused import fuses, unsupported
 from sparse_tx.training.callbacks import (
@@ -90,7 +90,7 @@ def train(config: TrainConfig, folder: Path | None = None) -> dict[str, Any]:
     check_loggers(config.logger)
     prepared = prepare(config.data.spec())
     say(f"prepared: {prepared.title}: {', '.join(f'{n:,} {split}' for split, n in prepared.meta['counts'].items())}")
-    datamodule = _datamodule(config)
+    datamodule = _datamodule(config, device)
     alone = folder is None
     if folder is None:
         folder = new_run_folder(config.output, config.name)
@@ -132,15 +132,16 @@ def _loggers(config: TrainConfig, folder: Path, resume: Path | None, cost: Cost)
     return make_loggers(config, folder, facts=facts, start=start, run_id=run_id)
 
 
-def _datamodule(config: TrainConfig) -> DataModule:
+def _datamodule(config: TrainConfig, device: torch.device) -> DataModule:
     data = config.data
+    windows = windows_at_once(config.evaluation.batch_size, batch_a_device(config), data.context, device)
     return DataModule(
         data.spec(),
         batch_size=data.batch_size,
         seed=config.seed,
         max_steps=config.trainer.max_steps,
         workers=data.workers,
-        eval_batch_size=config.evaluation.batch_size,
+        eval_batch_size=windows,
         min_context=config.evaluation.min_context,
         eval_limit=data.limit,
         overfit=data.overfit,

@@ -71,6 +71,13 @@ def ring_rows(base, start, first, ring, at, end, W: tl.constexpr, BW: tl.constex
 
 
 @triton.jit
+def _turn(TURNS, at, mask):
+    """Cosine and sine of an entry of the table."""
+    cos = tl.load(TURNS + 2 * at, mask=mask, other=0.0).to(tl.float32)
+    return cos, tl.load(TURNS + 2 * at + 1, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def query_or_key(
     AT, d, head, scaled, position, TURNS, SCALE, n0, n1, inner, eps,
     D: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr,
@@ -81,18 +88,21 @@ def query_or_key(
         std = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
         std *= tl.where(scaled, tl.load(SCALE + head), 1.0)
         x *= std
-    if ROTARY:
+    if ROTARY != "none":
         half: tl.constexpr = D // 2
-        quarter: tl.constexpr = D // 4
         other = tl.load(AT + (d + half) % D, mask=d < D, other=0.0).to(tl.float32)
         if NORM:
             other *= std
         row = (position // (n1 * inner)).to(tl.int32)
         column = (position // inner % n1).to(tl.int32)
         pair = d % half
-        at = 2 * (tl.where(pair < quarter, row, n0 + column) * quarter + pair % quarter)
-        cos = tl.load(TURNS + at, mask=d < D, other=0.0).to(tl.float32)
-        sin = tl.load(TURNS + at + 1, mask=d < D, other=0.0).to(tl.float32)
+        if ROTARY == "axes":
+            quarter: tl.constexpr = D // 4
+            cos, sin = _turn(TURNS, tl.where(pair < quarter, row, n0 + column) * quarter + pair % quarter, d < D)
+        else:
+            by_row, across = _turn(TURNS, row * half + pair, d < D)
+            by_column, along = _turn(TURNS, (n0 + column) * half + pair, d < D)
+            cos, sin = by_row * by_column - across * along, across * by_column + by_row * along
         x = x * cos + tl.where(d < half, -other, other) * sin
     return x
 

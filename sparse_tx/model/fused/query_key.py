@@ -31,16 +31,27 @@ def _load(X, at, mask):
 
 
 @triton.jit
-def _angles(TURNS, m, MORE, S, HEADS: tl.constexpr, D: tl.constexpr, BP: tl.constexpr, N0, N1, INNER):
-    """Cosine and sine for each pair of the heads m: the first half of the pairs by row, the second by column."""
+def _angles(
+    TURNS, m, MORE, S, HEADS: tl.constexpr, D: tl.constexpr, BP: tl.constexpr, N0, N1, INNER, ROTARY: tl.constexpr
+):
+    """Cosine and sine for each pair of the heads m: half of the pairs by row and half by column, or all by both."""
     i = tl.arange(0, BP)
     place = m // HEADS % S
     row, column = place // (N1 * INNER), place // INNER % N1
-    quarter: tl.constexpr = D // 4
-    line = tl.where((i < quarter)[None, :], row[:, None], N0 + column[:, None])
-    at = 2 * (line * quarter + (i % quarter)[None, :])
     inside = (m < MORE)[:, None] & (i < D // 2)[None, :]
-    return _load(TURNS, at, inside), _load(TURNS, at + 1, inside)
+    if ROTARY == "axes":
+        quarter: tl.constexpr = D // 4
+        line = tl.where((i < quarter)[None, :], row[:, None], N0 + column[:, None])
+        at = 2 * (line * quarter + (i % quarter)[None, :])
+        cos, sin = _load(TURNS, at, inside), _load(TURNS, at + 1, inside)
+    else:
+        half: tl.constexpr = D // 2
+        at = 2 * (row[:, None] * half + i[None, :])
+        a, b = _load(TURNS, at, inside), _load(TURNS, at + 1, inside)
+        at = 2 * ((N0 + column)[:, None] * half + i[None, :])
+        c, d = _load(TURNS, at, inside), _load(TURNS, at + 1, inside)
+        cos, sin = a * c - b * d, b * c + a * d
+    return cos, sin
 
 
 @triton.jit
@@ -68,8 +79,8 @@ def query_key_forward(
         std *= tl.load(SCALE + head, mask=head < H, other=1.0)
         a *= std[:, None]
         b *= std[:, None]
-    if ROTARY:
-        cos, sin = _angles(TURNS, m, MORE, S, 2 * H, D, BP, N0, N1, INNER)
+    if ROTARY != "none":
+        cos, sin = _angles(TURNS, m, MORE, S, 2 * H, D, BP, N0, N1, INNER, ROTARY)
         a, b = _turned(a, b, cos, sin)
     tl.store(X + at_a, a.to(X.dtype.element_ty), mask=in_a)
     tl.store(X + at_b, b.to(X.dtype.element_ty), mask=in_b)
@@ -100,8 +111,8 @@ def query_key_backward(
         along = (dot / D / scale * std)[:, None]
         da = da * own - a * along
         db = db * own - b * along
-    if ROTARY:
-        cos, sin = _angles(TURNS, m, MORE, S, 2 * H, D, BP, N0, N1, INNER)
+    if ROTARY != "none":
+        cos, sin = _angles(TURNS, m, MORE, S, 2 * H, D, BP, N0, N1, INNER, ROTARY)
         da, db = _turned(da, db, cos, -sin)
     tl.store(DY + at_a, da.to(DY.dtype.element_ty), mask=in_a)
     tl.store(DY + at_b, db.to(DY.dtype.element_ty), mask=in_b)
@@ -152,7 +163,7 @@ def _launch(layer: QueryKey, qkv: Tensor) -> tuple[tuple[int], tuple[int, ...], 
     many = qkv.shape[:-1].numel() * 2 * H
     BP = triton.next_power_of_2((D + 1) // 2)
     R = max(1, _TILE // (2 * BP))
-    sizes = {"H": H, "D": D, "WIDTH": width, "BP": BP, "R": R, "NORM": layer.norm, "ROTARY": layer.turns is not None}
+    sizes = {"H": H, "D": D, "WIDTH": width, "BP": BP, "R": R, "NORM": layer.norm, "ROTARY": layer.rotary}
     return (triton.cdiv(many, R),), (many, S, *layer.axes), {**sizes, "num_warps": 4}
 
 
