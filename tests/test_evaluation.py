@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_tx import UserError
-from sparse_tx.evaluation.bits import Score
+from sparse_tx.evaluation.bits import ByContext, Score
 from sparse_tx.evaluation.run import choose_device
 
 
@@ -49,6 +49,25 @@ def test_only_positions_from_the_first_scored_on_count_and_sums_add_over_batches
     assert float(score.nats) == pytest.approx(float(nats[0].sum() + nats[1, 4:].sum()))
 
 
+def test_bits_by_context_are_those_of_the_positions_and_add_up():
+    torch.manual_seed(0)
+    nats, first = 1 + torch.rand(3, 100), torch.tensor([0, 20, 70])
+    score, by_context = Score(), ByContext()
+    for part in (slice(0, 2), slice(2, 3)):
+        score.add_nats(nats[part], first[part])
+        by_context.add_nats(nats[part], first[part])
+    expected = {
+        0: nats[0, :16].mean(),
+        16: torch.cat([nats[0, 16:64], nats[1, 20:64]]).mean(),
+        64: torch.cat([nats[:2, 64:].flatten(), nats[2, 70:]]).mean(),
+    }
+    assert by_context.bits == pytest.approx({k: float(v) / math.log(2) for k, v in expected.items()})
+    assert sum(float(s.nats) for s in by_context.scores.values()) == pytest.approx(float(score.nats))
+    late = ByContext()
+    late.add_nats(nats[2:], first[2:])
+    assert list(late.bits) == [64]
+
+
 def test_an_untrained_model_scores_eight_bits_on_a_whole_split(trained, evaluate):
     path = trained("trainer.max_steps=1", "optimizer.lr=1e-30")["checkpoint"]
     for settings in ((), ("evaluation.min_context=40",), ("weights=live", "split=validation")):
@@ -83,6 +102,7 @@ def test_evaluate_scores_every_byte_of_a_split_as_the_protocol_says(trained, eva
     assert result["count"] == count == 300 - min_context
     assert result["nats"] == pytest.approx(nats, rel=1e-5)
     assert result["bits_per_dim"] == pytest.approx(nats / count / math.log(2), rel=1e-5)
+    assert list(result["by_context"]) == ([16] if min_context else [0, 16])
 
 
 def test_training_and_evaluation_report_the_same_number(trained, evaluate, capsys):

@@ -42,3 +42,26 @@ class Score:
     def bits_per_dim(self) -> float:
         count = int(self.count)
         return float(self.nats) / (count * math.log(2)) if count else math.nan
+
+
+class ByContext:
+    """Scores by how many bytes of its window a byte has before it, from 0 and then from 16 times powers of 4.
+
+    What more context is worth to a model: one forward pass predicts with every length up to its own.
+    """
+
+    def __init__(self) -> None:
+        self.scores: dict[int, Score] = {}  # by the least number of bytes before
+
+    def add_nats(self, nats: Tensor, first_scored: Tensor) -> None:
+        """As of `Score`."""
+        first, last = 0, 16
+        while first < nats.shape[1]:
+            score = self.scores.setdefault(first, Score())
+            score.add_nats(nats[:, first:last], first_scored - first)
+            first, last = last, 4 * last
+
+    @property
+    def bits(self) -> dict[int, float]:
+        """Bits per byte of the ranges in which bytes were scored, by the least number of bytes before."""
+        return {first: score.bits_per_dim for first, score in self.scores.items() if int(score.count)}

@@ -15,7 +15,7 @@ from sparse_tx.checkpoint import Checkpoint, read_checkpoint
 from sparse_tx.config import EvaluateConfig
 from sparse_tx.data import DataModule, DataSpec, EvaluationWindows, Prepared
 from sparse_tx.errors import UserError
-from sparse_tx.evaluation.bits import Score
+from sparse_tx.evaluation.bits import ByContext, Score
 from sparse_tx.evaluation.counts import order_k_bits
 from sparse_tx.evaluation.flac import flac_bits
 from sparse_tx.evaluation.paper import compares, paper_bits
@@ -57,11 +57,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         # As in training, so that the score of its end is found again; and of fewer trips to memory.
         narrow = trained.get("residual") == "bfloat16" and precision == "bf16-mixed"
         model.fuse_blocks(torch.bfloat16 if narrow else None)
-    score, started = Score(), time.perf_counter()
+    score, by_context, started = Score(), ByContext(), time.perf_counter()
     with torch.inference_mode(), _autocast(device, precision):
         for batch_of in datamodule.evaluation_loader(config.split):
             tokens, first = batch_of["tokens"].to(device), batch_of["first_scored"].to(device)
-            score.add_nats(position_nats(model.hidden(tokens), model.norm, model.output, tokens), first)
+            nats = position_nats(model.hidden(tokens), model.norm, model.output, tokens)
+            score.add_nats(nats, first)
+            if spec.kind != "image":
+                by_context.add_nats(nats, first)
     result = {
         "bits_per_dim": score.bits_per_dim,
         "nats": float(score.nats),
@@ -72,6 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "data_version": datamodule.prepared.meta.get("version"),
         "context": spec.context,
         "min_context": min_context,
+        "by_context": by_context.bits,
         "precision": precision,
         "backend": backends(checkpoint.spec, device, precision),
         "step": checkpoint.step,
@@ -154,6 +158,9 @@ def _report(
     if checkpoint.trained_on not in (None, prepared.title):
         lines.append(f"trained on: {checkpoint.trained_on}")
     lines += reference_lines(prepared, windows, result["split"], checkpoint.config)
+    if result["by_context"]:
+        known = ", ".join(f"{first}+ {bits:.3f}" for first, bits in result["by_context"].items())
+        lines.append(f"{unit} by how many bytes of the window come before: {known}")
     lines += [f"nats: {result['nats']:.2f}", f"{unit}: {result['bits_per_dim']:.4f}"]
     return lines
 
