@@ -9,7 +9,7 @@ import torch
 
 from sparse_tx import UserError
 from sparse_tx.evaluation.bits import ByContext, Score
-from sparse_tx.evaluation.run import choose_device
+from sparse_tx.evaluation.run import choose_device, windows_at_once
 
 
 @pytest.fixture
@@ -47,6 +47,14 @@ def test_only_positions_from_the_first_scored_on_count_and_sums_add_over_batches
     score.add(logits[2:], tokens[2:], torch.tensor([6]))
     assert int(score.count) == 8
     assert float(score.nats) == pytest.approx(float(nats[0].sum() + nats[1, 4:].sum()))
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "windows"), [(None, "cpu", 8), (None, "cuda", 21), (3, "cpu", 3), (3, "cuda", 3)]
+)
+def test_a_gpu_is_given_enough_windows_to_be_the_slower_of_the_two(given, device, windows):
+    assert windows_at_once(given, 8, 3072, torch.device(device)) == windows
+    assert windows_at_once(None, 8, 65536, torch.device(device)) == 8
 
 
 def test_bits_by_context_are_those_of_the_positions_and_add_up():
