@@ -18,7 +18,8 @@ RECOMPUTE = ("none", "activation", "feedforward", "attention", "cheap", "block")
 ACTIVATIONS = ("gelu", "relu2")  # x sigmoid(1.702 x) (the paper's code); max(x, 0)^2 (So et al. 2021)
 # Of the two matrices of a block that add to the residual stream: small by its depth, as in the paper, or zero.
 INITS = ("paper", "zero")
-ROTARY = ("none", "axes", "position")  # what queries and keys are turned by: nothing, row and column, the position
+# What queries and keys are turned by: nothing, row and column, the position; and what a head's width is a multiple of.
+ROTARY = {"none": 1, "axes": 4, "position": 2}
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class ModelSpec:
         for name, known in (("rotary", ROTARY), ("activation", ACTIVATIONS), ("init", INITS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is not known: use one of {', '.join(known)}")
-        pairs = {"none": 1, "axes": 4, "position": 2}[self.rotary]
-        if self.qk // self.heads % pairs:
+        multiple = ROTARY[self.rotary]
+        if self.qk // self.heads % multiple:
             raise ValueError(
                 f"model.rotary={self.rotary} turns pairs of numbers: model.qk={self.qk} over model.heads={self.heads} "
-                f"is {self.qk // self.heads} a head, which must be a multiple of {pairs}"
+                f"is {self.qk // self.heads} a head, which must be a multiple of {multiple}"
             )
         if self.kind not in DATA_KINDS:
             raise ValueError(f"data.kind={self.kind!r} is not known: use one of {', '.join(DATA_KINDS)}")
