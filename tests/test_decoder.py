@@ -14,6 +14,7 @@ ATTENTIONS = {
     "strided split": AttentionSpec("strided", stride=8, combine="split"),
     "fixed": AttentionSpec("fixed", stride=8, c=2),
     "fixed interleaved": AttentionSpec("fixed", stride=8, c=3, combine="interleaved"),
+    "fixed with a window": AttentionSpec("fixed", stride=8, c=3, order=("window", "summary")),
     "fixed split": AttentionSpec("fixed", stride=7, c=2, combine="split"),
     "sliding": AttentionSpec("sliding", stride=5, reach=2, global_tokens=3),
     "longer than the context": AttentionSpec("strided", stride=100),

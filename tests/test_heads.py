@@ -22,6 +22,15 @@ def test_merged_fixed_heads_take_distinct_slots_in_turn():
     assert heads == tuple(Block(128) | Summary(128, 32, slot) for slot in (0, 1, 2, 3, 0, 1))
 
 
+def test_fixed_attention_may_have_a_window_in_place_of_the_block():
+    (heads,) = layer_patterns("fixed", layers=1, heads=3, stride=8, c=4, combine="merged", order=["window", "summary"])
+    assert heads == tuple(Window(8) | Summary(8, 4, slot) for slot in (0, 1, 0))
+    layers = layer_patterns(
+        "fixed", layers=2, heads=1, stride=8, c=4, combine="interleaved", order=["window", "summary"]
+    )
+    assert layers == [(Window(8),), (Summary(8, 4),)]
+
+
 def test_split_gives_contiguous_groups_and_counts_slots_among_the_summary_heads():
     (heads,) = layer_patterns("fixed", layers=1, heads=4, stride=8, c=4, combine="split")
     assert heads == (Block(8), Block(8), Summary(8, 4, 0), Summary(8, 4, 1))

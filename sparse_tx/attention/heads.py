@@ -15,6 +15,8 @@ NAMES = {
     "fixed": ("block", "summary"),
     "sliding": ("window", "dilated", "global"),
 }
+# What an order may name besides: a window, which does not end where a block does, in place of the block.
+_ALSO = {"fixed": ("window",)}
 
 
 def layer_patterns(
@@ -32,7 +34,8 @@ def layer_patterns(
 ) -> list[tuple[Pattern, ...]]:
     """The pattern of each head of each layer: a list of `layers` tuples of `heads` patterns.
 
-    kind: "full", "strided" (column, window), "fixed" (block, summary), "sliding" (window, dilated, global).
+    kind: "full", "strided" (column, window), "fixed" (block, summary; by `order` also window), "sliding" (window,
+    dilated, global).
     combine: "interleaved", one pattern per layer, cycled through `order` (eq. 6); "merged", every head attends to the
     union (eq. 7); "split", contiguous equal groups of heads, one a pattern (eq. 8). Heads that attend to summaries take
     slots 0, 1, ... in turn, counted among themselves. order: names of `kind`'s patterns; None is the natural one,
@@ -46,11 +49,12 @@ def layer_patterns(
     names = NAMES[kind]
     if order is None:
         order = ("column", "window", "window", "window") if kind == "strided" and image else names
+    known = names + _ALSO.get(kind, ())
     for name in order:
-        if name not in names:
-            raise ValueError(f"attention.order names {name!r}: {kind} attention has {', '.join(names)}")
+        if name not in known:
+            raise ValueError(f"attention.order names {name!r}: {kind} attention has {', '.join(known)}")
     if not order:
-        raise ValueError(f"attention.order is empty: name at least one of {', '.join(names)}, or null")
+        raise ValueError(f"attention.order is empty: name at least one of {', '.join(known)}, or null")
     if kind != "full":
         _check_numbers(kind, stride, c, reach, global_tokens)
     l, columns, tokens = stride or 1, c or 1, global_tokens or 1  # checked above where they are used
