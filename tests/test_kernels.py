@@ -162,7 +162,14 @@ def test_walks_are_no_worse_than_twice_dense_torch(walks, S, l, kernels):
         assert error <= 2 * allowed + 2e-5 * c[c.isfinite()].abs().max()
 
 
-@pytest.mark.parametrize("pattern", [Block(32) | Summary(32, 8, 1), Summary(16, 4), Full(), Column(2), Block(48)])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Block(32) | Summary(32, 8, 1), Summary(16, 4), Full(), Column(2), Block(48),
+        # The first query that may see a key of these is at no multiple of 16 bytes of (B, H, S).
+        Window(32) | Summary(32, 8, 1), Window(32) | Global(8), Summary(16, 4) | Global(13),
+    ],
+)  # fmt: skip
 def test_copied_blocks_are_no_worse_than_twice_dense_torch(pattern, monkeypatch):
     """Lengths, strides and tiles at which the copy engine brings the blocks (it takes 16 bits alone)."""
     from sparse_tx.attention.kernels import configs

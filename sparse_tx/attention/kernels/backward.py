@@ -380,7 +380,8 @@ def compact_backward(
     else:
         begin = near_key
         whole = far_key
-    begin = tl.where(at0 < count, begin, S)
+    # Whole steps from 0 on: the copy engine takes (B, H, S) from multiples of 16 bytes on alone.
+    begin = tl.where(at0 < count, begin // BM * BM, S)
     whole = tl.minimum(begin + tl.cdiv(tl.maximum(whole - begin, 0), BM) * BM, S)
     for start in tl.range(begin, whole, BM, num_stages=1):
         i = start + tl.arange(0, BM)
