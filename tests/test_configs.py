@@ -21,7 +21,7 @@ DATA, ATTENTION, MODELS, EXPERIMENTS = (options(g) for g in ("data", "attention"
 def test_every_data_composes_with_every_attention_and_model(compose, data):
     for attention, model in itertools.product(ATTENTION, MODELS):
         config = training(compose("train", f"data={data}", f"attention={attention}", f"model={model}"))
-        assert (config.data.name, config.attention.name) == (data.partition("_")[0], attention)
+        assert (config.data.name, config.attention.name) == (data.partition("_")[0], attention.partition("_")[0])
         if attention != "full":
             assert config.attention.stride == config.data.stride
 
@@ -35,7 +35,7 @@ def test_every_experiment_composes_with_every_data_attention_and_model(compose, 
     ]:
         config = training(compose("train", f"experiment={experiment}", choice, "data.mirror=false"))  # not for text
         group, _, option = choice.partition("=")
-        assert getattr(config, group).name == (option.partition("_")[0] if group == "data" else option)
+        assert getattr(config, group).name == (option if group == "model" else option.partition("_")[0])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
