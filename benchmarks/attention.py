@@ -74,6 +74,8 @@ WORKLOADS = {
     "cifar10 column": Workload(16, 3072, 2, 64, 128, (Column(96),) * 2, 0.10),
     "cifar10 8 heads merged": Workload(16, 3072, 8, 64, 64, _strided(96, 8)),
     "enwik8 fixed": Workload(4, 12288, 8, 64, 64, tuple(Block(128) | Summary(128, 32, h % 4) for h in range(8)), 1.8),
+    "text window": Workload(1, 12288, 8, 64, 64, (Window(1024),) * 8),
+    "text summary": Workload(1, 12288, 8, 64, 64, tuple(Summary(1024, 128, h) for h in range(8))),
     "imagenet64 merged": Workload(4, 12288, 16, 32, 32, _strided(128, 16), 0.50),
     "imagenet64 window": Workload(4, 12288, 16, 32, 32, (Window(128),) * 16, 0.25),
     "imagenet64 column": Workload(4, 12288, 16, 32, 32, (Column(128),) * 16, 0.25),
@@ -249,8 +251,15 @@ def expert(work: Workload) -> Attention:
         return attend
     l, c = summary_of(work.patterns)
     blocks = work.S // l
+    own = Block(l) in work.patterns[0].parts
+    if not own and len(work.patterns[0].parts) > 1:
+        raise NotImplementedError(f"no composition is written for {work.patterns[0]}")
     local = create_block_mask(lambda b, h, i, j: (j <= i) & (i // l == j // l), None, None, work.S, work.S, "cuda")
-    before = create_block_mask(lambda b, h, i, j: j // c < i // l, None, None, work.S, blocks * c, "cuda")
+
+    def is_before(b, h, i, j):
+        return j // c < i // l if own else j // c * l + l - (h % (l // c) + 1) * c + j % c <= i
+
+    before = create_block_mask(is_before, None, None if own else work.H, work.S, blocks * c, "cuda")
     index = torch.tensor([l - (h % (l // c) + 1) * c for h in range(work.H)], device="cuda")
     index = index[:, None] + torch.arange(c, device="cuda")  # (H, c): each head's columns of a block
 
@@ -261,11 +270,11 @@ def expert(work: Workload) -> Attention:
 
     def both(q, k, v):
         qt, kt, vt = (t.transpose(1, 2) for t in (q, k, v))
-        outs, lses = zip(
-            flex_attention(qt, kt, vt, block_mask=local, return_lse=True),
-            flex_attention(qt, gather(k), gather(v), block_mask=before, return_lse=True),
-            strict=True,
-        )
+        parts = [flex_attention(qt, gather(k), gather(v), block_mask=before, return_lse=True)]
+        if not own:
+            return parts[0][0].transpose(1, 2)
+        parts.append(flex_attention(qt, kt, vt, block_mask=local, return_lse=True))
+        outs, lses = zip(*parts, strict=True)
         return _merge([o.transpose(1, 2) for o in outs], [n.transpose(1, 2) for n in lses])[0]
 
     return torch.compile(both, dynamic=False)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from sparse_tx.attention import Block, Summary
+import functools
+import operator
+from dataclasses import replace
+
+from sparse_tx.attention import Summary
 from sparse_tx.attention.patterns import Pattern
 
 
@@ -19,14 +23,23 @@ def mask_of(heads: tuple[Pattern, ...]):
 
         return mask, None
     l, c = summary_of(heads)
-    if heads != tuple(Block(l) | Summary(l, c, h % (l // c)) for h in range(len(heads))):
+    others = [p for p in heads[0].parts if not isinstance(p, Summary)]
+    if heads != tuple(_with_slot(heads[0], h % (l // c)) for h in range(len(heads))):
         raise NotImplementedError(f"no mask is written for {heads}")
 
     def mask_by_head(b, h, i, j):
         low = l - (h % (l // c) + 1) * c
-        return (j <= i) & ((i // l == j // l) | ((j % l >= low) & (j % l < low + c)))
+        seen = (j <= i) & (j % l >= low) & (j % l < low + c)
+        for part in others:
+            seen = seen | part.allows(i, j)
+        return seen
 
     return mask_by_head, len(heads)
+
+
+def _with_slot(pattern: Pattern, slot: int) -> Pattern:
+    parts = [replace(p, slot=slot) if isinstance(p, Summary) else p for p in pattern.parts]
+    return functools.reduce(operator.or_, parts)
 
 
 def summary_of(heads: tuple[Pattern, ...]) -> tuple[int, int]:
