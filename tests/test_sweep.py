@@ -82,7 +82,7 @@ def test_lists_ranges_and_globs_make_the_grid_that_hydra_makes():
     (wanted,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(given)), None)
     assert [list(m) for m in grid(space(*given))] == wanted
     experiments = {m[0] for m in grid(space("experiment=glob(enwik8_*)"))}
-    assert experiments == {f"experiment=enwik8_{a}" for a in ("fixed", "full", "strided")}
+    assert experiments == {f"experiment=enwik8_{a}" for a in ("fast", "fixed", "full", "strided")}
 
 
 def test_the_command_line_takes_the_place_of_a_sweeps_own_values():
