@@ -57,6 +57,16 @@ def test_a_gpu_without_memory_for_samples_goes_on_training_without_them(trained,
     assert not (folder_of(run) / "samples").exists()
 
 
+def test_samples_that_cannot_be_written_do_not_end_the_training(trained, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparse_tx.training.media.write_samples", full)
+    assert trained(*EVERY)["steps"] == 6
+    said = capsys.readouterr().err
+    assert [f"those of step {n} are not written: [Errno 28] No space left" in said for n in (3, 6)] == [True, True]
+
+
 def test_images_cut_short_keep_the_rows_of_the_whole(trained):
     run = trained("data=cifar10", "attention=strided", *EVERY, "callbacks.sample_length=30")
     with Image.open(folder_of(run) / "samples" / "step-00000003" / "sample-0000.png") as image:

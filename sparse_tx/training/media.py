@@ -28,7 +28,8 @@ class DrawSamples(Callback):
     """Draws the same few samples, by seed and number, from the averaged weights every so many steps.
 
     Nothing of the training changes by it: random numbers come from counters, weights are put back, and the seconds it
-    takes do not count as training. Where the GPU's memory does not suffice it says so once and draws no more.
+    takes do not count as training. Where the GPU's memory does not suffice it says so once and draws no more; samples
+    that cannot be written are left out.
     """
 
     def __init__(
@@ -60,15 +61,20 @@ class DrawSamples(Callback):
             self.every = 0
             print("samples: not enough memory beside the training, no more are drawn", file=sys.stderr, flush=True)
             return
-        folder = self.folder / f"step-{step:08d}"
+        try:
+            self._write(samples, self.folder / f"step-{step:08d}")
+            log_media(trainer, self.spec, samples, step)
+        except OSError as error:  # a full disk, most often: worth no training run
+            print(f"samples: those of step {step} are not written: {error}", file=sys.stderr, flush=True)
+        self.progress.leave_out(time.perf_counter() - started)
+
+    def _write(self, samples: np.ndarray, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_samples(samples, self.spec.context, FORMATS[self.spec.kind][0], folder)
         if self.spec.kind == "image":
             write_grid(list(samples), self.spec.context, folder)
         elif self.spec.kind == "audio":
             write_spectrograms(list(samples), folder)
-        log_media(trainer, self.spec, samples, step)
-        self.progress.leave_out(time.perf_counter() - started)
 
     def _draw(self, pl_module: LightningModule, dtype: torch.dtype | None) -> np.ndarray:
         model: Any = pl_module.model
