@@ -17,6 +17,7 @@ from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.training.ema import decay_at
 from sparse_tx.training.module import TrainingModule
 from sparse_tx.training.optimizer import build_optimizer, schedule, warmup_steps
+from sparse_tx.training.saving import NotWritten, WholeFiles
 
 
 def contents(path):
@@ -112,6 +113,45 @@ def test_auto_resume_passes_over_damaged_and_foreign_checkpoints(trained, capsys
     capsys.readouterr()
     trained("resume=auto")
     assert f"resume: {first / 'step-00000003.ckpt'}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_on_a_full_disk_leaves_the_one_before_it(tmp_path):
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"a": torch.zeros(3)}, path)
+    (tmp_path / ".last.ckpt.part").symlink_to("/dev/full")
+    with pytest.raises(NotWritten, match=r"last\.ckpt cannot be written: No space left on device"):
+        WholeFiles().save_checkpoint({"a": torch.ones(300_000)}, path)
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.zeros(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_is_no_fault_of_the_disk_is_raised_as_it_is(tmp_path, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch, "save", lost)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        WholeFiles().save_checkpoint({}, tmp_path / "last.ckpt")
+
+
+def test_a_run_without_room_for_its_checkpoints_ends_and_goes_on_exactly_once_there_is(trained, monkeypatch, capsys):
+    settings = ("model.dropout=0.2", "callbacks.checkpoint_every=2")
+    whole = trained(*settings, "output=whole")
+    real = torch.save
+
+    def full(contents, file):
+        if contents["global_step"] == 4:
+            raise OSError(28, "No space left on device")
+        real(contents, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(NotWritten, match=r"step-00000004\.ckpt cannot be written: No space left on device"):
+            trained(*settings, "output=cut")
+    capsys.readouterr()
+    resumed = trained(*settings, "output=cut", "resume=auto")
+    assert "checkpoints/best.ckpt\n" in capsys.readouterr().out  # of the validation at step 3
+    assert same(*(trained_state(Path(r["checkpoint"]).parent / "last.ckpt") for r in (resumed, whole)))
 
 
 def test_auto_resume_without_a_checkpoint_starts_fresh_and_says_so(trained, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from sparse_tx.errors import UserError
+from sparse_tx.training.saving import NotWritten
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -112,8 +114,12 @@ class LastCheckpoint(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # With one process alone: after an error on one rank the others would never come to the saving.
         finite = math.isfinite(float(trainer.callback_metrics.get("train/bits_per_dim", 0.0)))
-        if trainer.world_size == 1 and trainer.global_step > 0 and finite:
+        if trainer.world_size > 1 or trainer.global_step == 0 or not finite or isinstance(exception, NotWritten):
+            return
+        try:
             trainer.save_checkpoint(self.path)
+        except NotWritten as error:  # beside the error that ends the run, not in its place
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def checkpoint_callbacks(folder: Path, every: int, keep: int) -> list[Callback]:

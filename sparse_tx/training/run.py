@@ -41,6 +41,7 @@ from sparse_tx.training.media import SAMPLE_LENGTH, DrawSamples
 from sparse_tx.training.memory import by_policy, choose
 from sparse_tx.training.module import TrainingModule, compiles
 from sparse_tx.training.progress import Progress, display
+from sparse_tx.training.saving import WholeFiles
 from sparse_tx.training.summary import batch_a_device, batch_flops, conclude, describe, expect, say
 
 _NOTICES = (
@@ -201,6 +202,7 @@ def _trainer(
         enable_model_summary=False,
         logger=loggers,
         callbacks=callbacks,
+        plugins=[WholeFiles()],
         default_root_dir=folder,
     )
     return trainer, progress
