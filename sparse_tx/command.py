@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from sparse_tx.errors import UserError
 from sparse_tx.merge import explain_unknown
 from sparse_tx.training.folders import override
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's share of it
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "sample": SampleConfig, "export": ExportConfig}
 
 
@@ -34,6 +36,11 @@ def main(function: Callable[[DictConfig], Any], config_name: str) -> None:
             function(cfg)
         except UserError as error:  # Hydra would print where it came from
             sys.exit(f"error: {error}")
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            where = f": {error.filename}" if error.filename else ""
+            sys.exit(f"error: {error.strerror}{where}; make room and start again")
 
     try:
         sys.argv[1:] = _checked(sys.argv[1:], SCHEMAS[config_name], failed)

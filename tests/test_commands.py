@@ -2,6 +2,7 @@
 
 import csv
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def test_two_processes_have_the_losses_of_one():
 def test_a_mistake_gives_one_line_and_leaves_nothing_behind(command, message):
     assert message in one_line_error(run(command))
     assert not Path("outputs").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_gives_one_line():
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    assert "cannot be written: File too large" in one_line_error(
+        run("python train.py debug=fast", preexec_fn=small_files)
+    )
 
 
 def test_a_sweep_over_an_unknown_experiment_finishes_the_known_one():

@@ -1,6 +1,7 @@
 """The program sparse-tx: its doctor, its completion, and all of it from an installed wheel in an empty folder."""
 
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from running import run
 
 from sparse_tx import cli, doctor
 from sparse_tx.config import config_folder
@@ -84,6 +86,15 @@ def test_commands_and_mistakes_are_told_in_a_few_lines(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert message in str(stopped.value)
+
+
+def test_a_full_disk_is_told_in_one_line(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "outputs/config.yaml")
+
+    monkeypatch.setattr("sparse_tx.training.run.write_config", full)
+    with pytest.raises(SystemExit, match=r"error: No space left on device: outputs/config\.yaml; make room"):
+        run("python train.py debug=fast")
 
 
 @pytest.mark.parametrize(
