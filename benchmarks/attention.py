@@ -254,14 +254,18 @@ def expert(work: Workload) -> Attention:
     own = Block(l) in work.patterns[0].parts
     if not own and len(work.patterns[0].parts) > 1:
         raise NotImplementedError(f"no composition is written for {work.patterns[0]}")
-    local = create_block_mask(lambda b, h, i, j: (j <= i) & (i // l == j // l), None, None, work.S, work.S, "cuda")
 
-    def is_before(b, h, i, j):
-        return j // c < i // l if own else j // c * l + l - (h % (l // c) + 1) * c + j % c <= i
+    def first(h):  # of the head's columns in a block
+        return l - (h % (l // c) + 1) * c
 
-    before = create_block_mask(is_before, None, None if own else work.H, work.S, blocks * c, "cuda")
-    index = torch.tensor([l - (h % (l // c) + 1) * c for h in range(work.H)], device="cuda")
-    index = index[:, None] + torch.arange(c, device="cuda")  # (H, c): each head's columns of a block
+    if own:
+        local = create_block_mask(lambda b, h, i, j: (j <= i) & (i // l == j // l), None, None, work.S, work.S, "cuda")
+        before = create_block_mask(lambda b, h, i, j: j // c < i // l, None, None, work.S, blocks * c, "cuda")
+    else:
+        before = create_block_mask(
+            lambda b, h, i, j: j // c * l + first(h) + j % c <= i, None, work.H, work.S, blocks * c, "cuda"
+        )
+    index = first(torch.arange(work.H, device="cuda"))[:, None] + torch.arange(c, device="cuda")  # (H, c)
 
     def gather(t):  # (B, S, H, D) -> (B, H, S / l * c, D)
         t = t.unflatten(1, (blocks, l)).permute(0, 3, 1, 2, 4)
@@ -270,11 +274,10 @@ def expert(work: Workload) -> Attention:
 
     def both(q, k, v):
         qt, kt, vt = (t.transpose(1, 2) for t in (q, k, v))
-        parts = [flex_attention(qt, gather(k), gather(v), block_mask=before, return_lse=True)]
+        summary = flex_attention(qt, gather(k), gather(v), block_mask=before, return_lse=True)
         if not own:
-            return parts[0][0].transpose(1, 2)
-        parts.append(flex_attention(qt, kt, vt, block_mask=local, return_lse=True))
-        outs, lses = zip(*parts, strict=True)
+            return summary[0].transpose(1, 2)
+        outs, lses = zip(flex_attention(qt, kt, vt, block_mask=local, return_lse=True), summary, strict=True)
         return _merge([o.transpose(1, 2) for o in outs], [n.transpose(1, 2) for n in lses])[0]
 
     return torch.compile(both, dynamic=False)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from dataclasses import replace
+from functools import reduce
 
 from sparse_tx.attention import Summary
 from sparse_tx.attention.patterns import Pattern
@@ -38,8 +37,7 @@ def mask_of(heads: tuple[Pattern, ...]):
 
 
 def _with_slot(pattern: Pattern, slot: int) -> Pattern:
-    parts = [replace(p, slot=slot) if isinstance(p, Summary) else p for p in pattern.parts]
-    return functools.reduce(operator.or_, parts)
+    return reduce(Pattern.__or__, (replace(p, slot=slot) if isinstance(p, Summary) else p for p in pattern.parts))
 
 
 def summary_of(heads: tuple[Pattern, ...]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 import sparse_tx
 from sparse_tx.checkpoint import Checkpoint
 from sparse_tx.data.source import file_sha256
+from sparse_tx.files import whole
 
 MANIFEST = "manifest.json"
 
@@ -53,7 +54,7 @@ def describe(
 
 def write_manifest(folder: Path, described: dict[str, Any], samples: list[dict[str, Any]]) -> Path:
     """Whole or not at all: it is written again with each batch. samples: of each, in order. Returns the path."""
-    path, partial = folder / MANIFEST, folder / f".{MANIFEST}"
-    partial.write_text(json.dumps(described | {"samples": samples}, indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
+    path = folder / MANIFEST
+    with whole(path) as partial:
+        partial.write_text(json.dumps(described | {"samples": samples}, indent=2, allow_nan=False) + "\n")
     return path

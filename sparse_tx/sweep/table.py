@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_tx.files import whole
 from sparse_tx.shell import spelled
 from sparse_tx.sweep.members import Outcome, read_result
 from sparse_tx.sweep.space import Axis
@@ -19,15 +20,13 @@ Row = tuple[tuple[str, ...], Outcome]
 def write_table(path: Path, space: Sequence[Axis], rows: Sequence[Row]) -> None:
     """Whole after each member, so that an interrupt loses nothing."""
     keys = [axis.key for axis in space]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with whole(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*keys, "bits_per_dim", "seconds", "status", "folder", "error"])
         for overrides, outcome in rows:
             bits = "" if outcome.bits is None else f"{outcome.bits:.6f}"
             values = [o.partition("=")[2] for o in overrides]
             writer.writerow([*values, bits, f"{outcome.seconds:.1f}", outcome.status, outcome.folder, outcome.error])
-    partial.replace(path)
 
 
 def table(space: Sequence[Axis], rows: Sequence[Row]) -> list[str]:

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore
 from sparse_tx.checkpoint import Checkpoint, read_checkpoint
 from sparse_tx.config import TrainConfig
 from sparse_tx.errors import UserError
+from sparse_tx.files import whole
 from sparse_tx.model import ModelSpec
 
 RESULT = "result.json"
@@ -62,9 +63,8 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """result.json, whole or not at all: it says that the run has come to its end."""
-    written = folder / ".result.json"
-    written.write_text(json.dumps(result, indent=2) + "\n")
-    written.replace(folder / RESULT)
+    with whole(folder / RESULT) as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def find_resume(config: TrainConfig) -> Path | None:

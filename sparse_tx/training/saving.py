@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from sparse_tx.errors import UserError
+from sparse_tx.files import whole
 
 
 class NotWritten(UserError):
@@ -27,17 +28,14 @@ class WholeFiles(TorchCheckpointIO):
     ) -> None:
         """Raises NotWritten, which says why, and leaves what was there."""
         path = Path(path)
-        partial = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
+            with whole(path) as partial, open(partial, "wb") as file:
                 torch.save(checkpoint, file)
-            partial.replace(path)
         except (OSError, RuntimeError) as error:
             reason = error if isinstance(error, OSError) else error.__context__  # of what torch says of a full disk
             if not isinstance(reason, OSError):
                 raise
-            partial.unlink(missing_ok=True)
             raise NotWritten(
                 f"{path} cannot be written: {reason.strerror}. The checkpoints before it are whole: mend that, and the "
                 "same command with resume=auto goes on from the newest"
