@@ -6,7 +6,7 @@
     python benchmarks/training.py --context-sweep --arms ours
     python benchmarks/training.py --tiny                            # in seconds on a CPU: that it runs, no numbers
 
-A step is forward, backward, clipping, AdamW and the average, with the experiment's dropout, on random bytes that lie on
+A step is forward, backward, clipping, the optimizer and the average, with the experiment's dropout, on random bytes that lie on
 the device; bf16 under autocast, weights in float32. All arms have the same sizes, optimizer and average. "ours" is
 what train.py runs; "compiled" is ours with each block left to torch.compile. "dense" is what a careful user writes: an
 nn.Module with SDPA (cuDNN first), nn.Dropout, each block compiled, full logits, nothing recomputed; "flex" is the same
@@ -53,6 +53,8 @@ from sparse_tx.training.update import Clipping, move_average
 
 SPAWNED = "SPARSE_TX_SPAWNED"  # when a process of --cold was started
 WORKLOADS = {  # Hydra's overrides, batches
+    "fast cifar10": (("experiment=cifar10_fast",), (8,)),
+    "fast enwik8": (("experiment=enwik8_fast",), (1,)),
     "cifar10": (("experiment=cifar10_strided",), (16, 32)),
     "enwik8": (("experiment=enwik8_fixed",), (4, 8)),
     "imagenet64": (("experiment=imagenet64_strided",), (4, 8)),

@@ -163,20 +163,25 @@ def test_walks_are_no_worse_than_twice_dense_torch(walks, S, l, kernels):
 
 
 @pytest.mark.parametrize(
-    "pattern",
+    ("pattern", "tile"),
     [
-        Block(32) | Summary(32, 8, 1), Summary(16, 4), Full(), Column(2), Block(48),
-        # The first query that may see a key of these is at no multiple of 16 bytes of (B, H, S).
-        Window(32) | Summary(32, 8, 1), Window(32) | Global(8), Summary(16, 4) | Global(13),
+        *((pattern, (64, 64)) for pattern in (
+            Block(32) | Summary(32, 8, 1), Summary(16, 4), Full(), Column(2), Block(48),
+            # The first query that may see a key of these is at no multiple of 16 bytes of (B, H, S).
+            Window(32) | Summary(32, 8, 1), Window(32) | Global(8), Summary(16, 4) | Global(13),
+        )),
+        # Steps of other sizes than the tile; a step that is a share of a block's summary.
+        (Window(100), (128, 32)), (Full(), (64, 32)), (Column(2), (64, 32)), (Block(48), (64, 16)),
+        (Summary(64, 32, 1), (64, 16)), (Window(32) | Summary(48, 16), (64, 32)),
     ],
 )  # fmt: skip
-def test_copied_blocks_are_no_worse_than_twice_dense_torch(pattern, monkeypatch):
+def test_copied_blocks_are_no_worse_than_twice_dense_torch(pattern, tile, monkeypatch):
     """Lengths, strides and tiles at which the copy engine brings the blocks (it takes 16 bits alone)."""
     from sparse_tx.attention.kernels import configs
 
-    parts = ("window", "full", "fixed", "column 128", "block 64")
+    parts = ("window", "full", "fixed", "summary", "column 128", "block 64")
     kernels = ("forward", "backward", "keys")
-    table = {(k, p, 16, 16, 2): configs.Config(64, 64, 4, 2) for k in kernels for p in parts}
+    table = {(k, p, 16, 16, 2): configs.Config(*tile, 4, 2) for k in kernels for p in parts}
     monkeypatch.setattr(configs, "TUNED", table)
     low = inputs(192, 2, dtype=LOW, B=2)
     got, dense = results(triton_attention, low, (pattern,) * 2), results(oracle_attention, low, (pattern,) * 2)

@@ -164,7 +164,7 @@ def _chain_keys(
 
 @triton.jit
 def chain_backward(
-    Q, K, V, KS, VS, O, LSE, G, DLSE, DELTA, LSES, DELTAS, DQ_, DK_, DV_,
+    Q, K, V, G, QS, KS, VS, GS, KC, VC, O, LSE, DLSE, DELTA, LSES, DELTAS, DQ_, DK_, DV_,
     sqb, sqs, sqh, skb, sks, skh, svb, svs, svh, sob, sos, soh, sgb, sgs, sgh,
     dqb, dqs, dqh, dkb, dks, dkh, dvb, dvs, dvh,
     S, H, h0, heads, tiles, per, scale, softmax_scale,
@@ -180,20 +180,22 @@ def chain_backward(
 
     ADD: the gradients hold those of another part, which are added. DELTA_HERE: take delta from O and G, not DELTA.
     FAR: near > 1, so that keys of earlier tiles can be too near. REACHES: a query sees back to the start of its tile.
-    COPIED: Q, K, V, G and the numbers LSES, DELTAS are descriptors, and BT = BN; SUM_COPIED: KS, VS are.
+    QS, KS, VS, GS, LSES, DELTAS: of the chain's steps, KC, VC of the compact parts'. COPIED: those of the steps are
+    descriptors, and Q, K, V, G too if BT = BN; SUM_COPIED: KC, VC are.
     """
     tile, b, h = program(tiles, heads, HEAVY_LAST)
     head = h0 + h
     batch = b.to(tl.int64)
     head64 = head.to(tl.int64)
-    if not COPIED:
+    OWN_COPIED: tl.constexpr = COPIED and BT == BN
+    if not OWN_COPIED:
         Q += batch * sqb + head64 * sqh
         K += batch * skb + head64 * skh
         V += batch * svb + head64 * svh
         G += batch * sgb + head64 * sgh
     if not SUM_COPIED:
-        KS += batch * skb + head64 * skh
-        VS += batch * svb + head64 * svh
+        KC += batch * skb + head64 * skh
+        VC += batch * svb + head64 * svh
     O += batch * sob + head64 * soh
     DQ_ += batch * dqb + head64 * dqh
     DK_ += batch * dkb + head64 * dkh
@@ -210,7 +212,7 @@ def chain_backward(
         r, tile, F, least = column_of(tile, per, S, L, tokens, skip_lo, skip_hi)
         r64 = r.to(tl.int64)
         step = r64 * 0 + L  # in 64 bits, also where Triton takes L or a stride for a constant
-        if not COPIED:
+        if not OWN_COPIED:
             Q += r64 * sqs
             K += r64 * sks
             V += r64 * svs
@@ -224,12 +226,14 @@ def chain_backward(
         LSE += r
         DELTA += r
         DLSE += r
+    if not COPIED:
+        QS, KS, VS, GS = Q, K, V, G
 
     f0 = tile * A
     f = f0 + tl.arange(0, BT)
     valid = f < tl.minimum(f0 + A, F)
-    q = load_block(Q, b, head, r, f0, f, sqs, valid, DQ, BDQ, BT, COPIED)
-    g = load_block(G, b, head, r, f0, f, sgs, valid, DV, BDV, BT, COPIED)
+    q = load_block(Q, b, head, r, f0, f, sqs, valid, DQ, BDQ, BT, OWN_COPIED)
+    g = load_block(G, b, head, r, f0, f, sgs, valid, DV, BDV, BT, OWN_COPIED)
     lse, delta = _row_numbers(LSE, DELTA, DLSE, O, g, f, step, valid, sos, DV, BDV, DELTA_HERE, HAS_DLSE)
     if STORE_DELTA:
         tl.store(DELTA + f * step, delta, mask=valid)
@@ -249,11 +253,11 @@ def chain_backward(
             all_see = f0 - tl.maximum(f0 - upper_last, 0) // BN * BN
             start = all_see - tl.cdiv(tl.maximum(all_see - upper_first, 0), BN) * BN
             dq = _chain_dq(
-                dq, q, g, lse, delta, K, V, b, head, r, sks, svs, start, all_see, F, lo, hi, scale,
+                dq, q, g, lse, delta, KS, VS, b, head, r, sks, svs, start, all_see, F, lo, hi, scale,
                 DQ, DV, BDQ, BDV, BN, STAGES, MASKED=True, FAR=FAR, COPIED=COPIED,
             )  # fmt: skip
             dq = _chain_dq(
-                dq, q, g, lse, delta, K, V, b, head, r, sks, svs, all_see, f0, F, lo, hi, scale,
+                dq, q, g, lse, delta, KS, VS, b, head, r, sks, svs, all_see, f0, F, lo, hi, scale,
                 DQ, DV, BDQ, BDV, BN, STAGES, MASKED=False, FAR=FAR, COPIED=COPIED,
             )  # fmt: skip
         upper = lo
@@ -264,14 +268,14 @@ def chain_backward(
     if GLOBAL:
         count = tl.minimum(tokens, S)
         dq = _compact_dq(
-            dq, q, g, lse, delta, KS, VS, b, head, sks, svs, tl.minimum(upper_first, count),
+            dq, q, g, lse, delta, KC, VC, b, head, sks, svs, tl.minimum(upper_first, count),
             tl.minimum(upper_last, count), tl.minimum(upper, count), 0, S, count, 0, scale,
             DQ, DV, BDQ, BDV, BN, STAGES, COPIED=False,
         )  # fmt: skip
     if sumL > 0:
         first = sumL - ((slot + h * slot_step) % (sumL // sumC) + 1) * sumC
         dq = _compact_dq(
-            dq, q, g, lse, delta, KS, VS, b, head, sks, svs, keys_before(upper_first, sumL, sumC, first),
+            dq, q, g, lse, delta, KC, VC, b, head, sks, svs, keys_before(upper_first, sumL, sumC, first),
             keys_before(upper_last, sumL, sumC, first), keys_before(upper, sumL, sumC, first),
             keys_before(tokens, sumL, sumC, first), sumL, sumC, first, scale, DQ, DV, BDQ, BDV, BN, STAGES,
             SUM_COPIED,
@@ -279,8 +283,8 @@ def chain_backward(
     dk = tl.zeros([BT, BDQ], tl.float32)
     dv = tl.zeros([BT, BDV], tl.float32)
     if CHAIN:
-        k = load_block(K, b, head, r, f0, f, sks, valid, DQ, BDQ, BT, COPIED)
-        v = load_block(V, b, head, r, f0, f, svs, valid, DV, BDV, BT, COPIED)
+        k = load_block(K, b, head, r, f0, f, sks, valid, DQ, BDQ, BT, OWN_COPIED)
+        v = load_block(V, b, head, r, f0, f, svs, valid, DV, BDV, BT, OWN_COPIED)
         sees = f[:, None] <= hi[None, :]
         if not REACHES:
             sees = sees & (f[:, None] >= lo[None, :])
@@ -302,13 +306,13 @@ def chain_backward(
                 until_first = tl.where(f0 < least, -1, until_first)
             some_see = begin + tl.maximum(tl.minimum(until_first + 1, end) - begin, 0) // BN * BN
             dk, dv = _chain_keys(
-                dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, sqs, sos, sgs, step,
+                dk, dv, k, v, QS, O, GS, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, sqs, sos, sgs, step,
                 begin, some_see, F, f, until, near, scale,
                 DQ, DV, BDQ, BDV, BN, STAGES, DELTA_HERE, HAS_DLSE, MASKED=False, FAR=FAR,
                 STRIDED=STRIDED, COPIED=COPIED,
             )  # fmt: skip
             dk, dv = _chain_keys(
-                dk, dv, k, v, Q, O, G, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, sqs, sos, sgs, step,
+                dk, dv, k, v, QS, O, GS, LSE, DELTA, DLSE, LSES, DELTAS, b, head, r, sqs, sos, sgs, step,
                 some_see, end, F, f, until, near, scale,
                 DQ, DV, BDQ, BDV, BN, STAGES, DELTA_HERE, HAS_DLSE, MASKED=True, FAR=FAR,
                 STRIDED=STRIDED, COPIED=COPIED,

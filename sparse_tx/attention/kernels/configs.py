@@ -24,9 +24,9 @@ class Walk(NamedTuple):
 
 
 # (kernel, part, Dqk, Dv, bytes of an element) -> Config. Kernels: "forward", "backward" (chain_backward), "keys"
-# (compact_backward). Parts: "window", "full", "fixed" (with summary or global keys), "column" and "block", followed by
-# the least of 32, 64 and 128 that holds a whole column or block if one does. Medians of benchmarks/tune_attention.py on
-# one H100, cold L2.
+# (compact_backward). Parts: "window", "full" (all keys, or a window of 512 and more), "fixed" (a block with summary or
+# global keys), "summary" (such keys alone or beside a window), "column" and "block", followed by the least of 32, 64 and
+# 128 that holds a whole column or block if one does. Medians of benchmarks/tune_attention.py on one H100, cold L2.
 TUNED: dict[tuple[str, str, int, int, int], Config] = {
     ("forward", "window", 64, 128, 2): Config(64, 64, 4, 2),
     ("forward", "window", 64, 64, 2): Config(64, 32, 4, 3),
@@ -37,6 +37,7 @@ TUNED: dict[tuple[str, str, int, int, int], Config] = {
     ("forward", "column 128", 64, 64, 2): Config(64, 32, 4, 3),
     ("forward", "column", 64, 64, 2): Config(64, 32, 4, 3),
     ("forward", "fixed", 64, 64, 2): Config(128, 64, 8, 3),
+    ("forward", "summary", 64, 64, 2): Config(64, 64, 4, 2),
     ("backward", "window", 64, 128, 2): Config(64, 32, 4, 1),
     ("backward", "window", 64, 64, 2): Config(64, 32, 4, 3, 168),
     ("backward", "window", 32, 32, 2): Config(64, 32, 4, 3),
@@ -45,8 +46,11 @@ TUNED: dict[tuple[str, str, int, int, int], Config] = {
     ("backward", "column 128", 32, 32, 2): Config(64, 32, 4, 1),
     ("backward", "column 128", 64, 64, 2): Config(64, 32, 4, 1, 168),
     ("backward", "column", 64, 64, 2): Config(64, 32, 4, 1, 168),
+    ("backward", "full", 64, 64, 2): Config(64, 64, 4, 3),
     ("backward", "fixed", 64, 64, 2): Config(64, 64, 4, 3),
+    ("backward", "summary", 64, 64, 2): Config(64, 64, 4, 3),
     ("keys", "fixed", 64, 64, 2): Config(64, 64, 4, 3, 168),
+    ("keys", "summary", 64, 64, 2): Config(64, 64, 4, 3),
 }
 
 # (kernel, part, Dqk, Dv) -> Walk, of 16 bits. A walk whose accumulators do not fit the registers (the backward pass of

@@ -52,16 +52,17 @@ def rows_descriptor(t: Operand, chain: Chain, rows: int) -> Described:
 
 
 def summary_descriptor(t: Operand, run: Run, keys: int) -> Described:
-    """Of t (B, S, H, D) as (B, H, S / l, l, D), in blocks of `keys` columns of a summary."""
+    """Of t (B, S, H, D) as (B, H, S / l, l, D), in blocks of `keys` columns of a summary: of one of its rows, or more."""
     B, S, H, D = t.shape
     b, s, h = t.strides[:3]
     shape, steps = [B, H, S // run.summary, run.summary, D], [b, h, s * run.summary, s, 1]
-    return Described(t, shape, steps, [1, 1, keys // run.c, run.c, power_of_two(D)])
+    return Described(t, shape, steps, [1, 1, max(1, keys // run.c), min(keys, run.c), power_of_two(D)])
 
 
 def copies_summary(run: Run, chosen: Config, chain: Chain, *tensors: Operand) -> bool:
-    """Whether a step's summary columns are a block: whole, power-of-two rows of it, from the first on."""
+    """Whether a step's summary columns are a block: power-of-two rows of it, or a share of one, from the first on."""
     if chain.strided or not run.summary or run.tokens:
         return False
-    fits = chosen.keys % run.c == 0 and run.c & (run.c - 1) == 0 and tensors[0].shape[1] % run.summary == 0
+    shared = chosen.keys % run.c == 0 or run.c % chosen.keys == 0
+    fits = shared and run.c & (run.c - 1) == 0 and tensors[0].shape[1] % run.summary == 0
     return fits and copies_tiles(chosen, chain, *tensors)

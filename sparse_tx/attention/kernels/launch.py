@@ -28,6 +28,8 @@ from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Chai
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
 _LOG2E = 1.4426950408889634
+_LONG = 512  # keys of a window
+_COMPACT = "fixed", "summary"  # parts with keys of a compact list
 _MOST_PLANS = 1024  # kept, of layouts and patterns: those of a few models
 
 
@@ -40,9 +42,9 @@ def _column(run: Run, S: int) -> Chain:
 
 def _rows(run: Run, S: int) -> Chain:
     N, R = (run.width, S) if run.local == BLOCK else (S, run.width if run.local == WINDOW else S)
-    part = {NO_LOCAL: "fixed", WINDOW: "window", BLOCK: "block", FULL: "full"}[run.local]
+    part = {NO_LOCAL: "summary", WINDOW: "window", BLOCK: "block", FULL: "full"}[run.local]
     if run.summary or run.tokens:
-        part = "fixed"
+        part = "fixed" if run.local == BLOCK else "summary"
     return Chain(part, N, min(R, S), 0, 1, run.tokens, (0, 0), run.local != NO_LOCAL, False, run.local == BLOCK)
 
 
@@ -64,8 +66,10 @@ class Tiling(NamedTuple):
 
 
 def _part(chain: Chain) -> str:
-    """The part as the tables name it."""
-    if not (chain.grouped or chain.strided) or chain.part == "fixed":
+    """The part as the tables name it: a long window is tiled as all keys are."""
+    if chain.part == "window" and chain.R >= _LONG:
+        return "full"
+    if not (chain.grouped or chain.strided) or chain.part in _COMPACT:
         return chain.part
     return chain.part + next((f" {most}" for most in (32, 64, 128) if most >= chain.N), "")
 
@@ -196,7 +200,7 @@ def plan_forward(
                 DQ=Dqk, DV=Dv, BDQ=power_of_two(Dqk), BDV=power_of_two(Dv), BM=chosen.rows, BN=chosen.keys,
                 CHAIN=chain.present, STRIDED=chain.strided, GROUPED=chain.grouped, SINGLE=single,
                 sumL=0 if chain.strided else run.summary, sumC=run.c, GLOBAL=run.tokens > 0 and not chain.strided,
-                MERGE=turn > 0, HEAVY_LAST=chain.part in ("fixed", "full"),
+                MERGE=turn > 0, HEAVY_LAST=chain.part in (*_COMPACT, "full"),
                 COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
@@ -308,17 +312,18 @@ def plan_backward(
                 )
                 launches.append(launch)
                 continue
-            copied = chosen.rows == chosen.keys and copies_tiles(chosen, chain, q, k, v, dout)
+            copied = copies_tiles(chosen, chain, q, k, v, dout)
             sum_copied = copies_summary(run, chosen, chain, k, v)
-            by_rows = [rows_descriptor(t, chain, chosen.rows) if copied else t for t in (q, k, v, dout)]
+            own_copied = copied and chosen.rows == chosen.keys
+            by_keys = [rows_descriptor(t, chain, chosen.keys) if copied else t for t in (q, k, v, dout)]
+            own = by_keys if own_copied else (q, k, v, dout)
             by_summary = [summary_descriptor(t, run, chosen.keys) if sum_copied else t for t in (k, v)]
             numbers_of = [
-                descriptor(t, chain, chosen.rows) if copied and not chain.strided else t for t in (lse, delta)
+                descriptor(t, chain, chosen.keys) if copied and not chain.strided else t for t in (lse, delta)
             ]
             launch = Launch(
                 chain_backward, tiles * B * run.heads,
-                *by_rows[:3], *by_summary, out, lse, by_rows[3], dlse, delta,
-                *numbers_of, dq, dk, dv,
+                *own, *by_keys, *by_summary, out, lse, dlse, delta, *numbers_of, dq, dk, dv,
                 *q.strides[:3], *k.strides[:3], *v.strides[:3], *out.strides[:3], *dout.strides[:3],
                 *dq.strides[:3], *dk.strides[:3], *dv.strides[:3],
                 S, H, run.head, run.heads, tiles, per, scale * _LOG2E, scale,
@@ -330,7 +335,7 @@ def plan_backward(
                 STORE_DELTA=here and turn == 0 and (len(chains) > 1 or compact),
                 HAS_DLSE=has_dlse, FAR=chain.near > 1,
                 REACHES=not chain.grouped and chosen.rows - 1 <= chain.R and not (chain.strided and chain.tokens),
-                HEAVY_LAST=chain.part == "fixed", COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
+                HEAVY_LAST=chain.part in _COMPACT, COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
             launches.append(launch)
@@ -338,7 +343,7 @@ def plan_backward(
         for L, C, is_global in ((run.summary, run.c, False), (S, min(run.tokens, S), True)):
             if not C:
                 continue
-            chosen = config("keys", "fixed", *widths)
+            chosen = config("keys", rows_chain.part, *widths)
             most = C if is_global else -(-S // L) * C
             tiles = triton.cdiv(most, chosen.keys)
             copied = copies_tiles(chosen, rows_chain, q, dout)

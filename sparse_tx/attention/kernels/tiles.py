@@ -82,11 +82,11 @@ def compact_keys(
 ):  # fmt: skip
     """k and v of the keys start .. start + BN - 1 of a compact part; zeros (or any keys, if COPIED) from `count` on.
 
-    COPIED: by descriptors (B, H, S / L, L, D) in blocks of (1, 1, BN / C, C, D); start is a multiple of C.
+    COPIED: by descriptors (B, H, S / L, L, D) in blocks of BN keys: whole rows of C keys, or a share of one row.
     """
     if COPIED:
-        k = K.load([b, head, start // C, first, 0]).reshape(BN, BDQ)
-        v = V.load([b, head, start // C, first, 0]).reshape(BN, BDV)
+        k = K.load([b, head, start // C, first + start % C, 0]).reshape(BN, BDQ)
+        v = V.load([b, head, start // C, first + start % C, 0]).reshape(BN, BDV)
     else:
         at = start + tl.arange(0, BN)
         p = compact_position(at, L, C, first)
