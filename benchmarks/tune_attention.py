@@ -45,7 +45,7 @@ def candidates(kernel: str) -> list[Walk | Config]:
         tiles = ((32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 8))
         stages = (2, 3)
     elif kernel == "chain_backward":
-        tiles, stages = ((64, 32, 4), (64, 64, 4), (64, 64, 8), (32, 32, 4)), (1, 2, 3)
+        tiles, stages = ((64, 32, 4), (64, 64, 4), (64, 64, 8), (32, 32, 4), (128, 32, 8), (128, 64, 8)), (1, 2, 3)
     else:
         tiles, stages = ((64, 32, 4), (64, 64, 4), (128, 64, 8), (128, 128, 8), (64, 128, 4)), (2, 3)
     return [Config(*t, n, cap) for t in tiles for n in stages for cap in (None, 168 if t[2] == 4 else 128)]

@@ -52,7 +52,7 @@ def rows_descriptor(t: Operand, chain: Chain, rows: int) -> Described:
 
 
 def summary_descriptor(t: Operand, run: Run, keys: int) -> Described:
-    """Of t (B, S, H, D) as (B, H, S / l, l, D), in blocks of `keys` columns of a summary: of one of its rows, or more."""
+    """Of t (B, S, H, D) as (B, H, S / l, l, D), in blocks of `keys` columns of a summary, of one row or more."""
     B, S, H, D = t.shape
     b, s, h = t.strides[:3]
     shape, steps = [B, H, S // run.summary, run.summary, D], [b, h, s * run.summary, s, 1]
