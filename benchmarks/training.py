@@ -8,11 +8,11 @@
 
 A step is forward, backward, clipping, the optimizer and the average, with the experiment's dropout, on random bytes
 that lie on the device; bf16 under autocast, weights in float32. All arms have the same sizes, optimizer and average.
-"ours" is what train.py runs; "compiled" is ours with each block left to torch.compile. "dense" is what a careful user writes: an
-nn.Module with SDPA (cuDNN first), nn.Dropout, each block compiled, full logits, nothing recomputed; "flex" is the same
-with FlexAttention and the experiment's masks, "without" has the values pass by attention. These run as one CUDA graph
-of forward and backward as ours do, "dense launched" and "dense recomputed" (each block run again in the backward pass)
-do not. Before ours is timed its losses over some steps are compared with a plain float32 model's.
+"ours" is what train.py runs; "compiled" is ours with each block left to torch.compile. "dense" is what a careful user
+writes: an nn.Module with SDPA (cuDNN first), nn.Dropout, each block compiled, full logits, nothing recomputed; "flex"
+is the same with FlexAttention and the experiment's masks, "without" has the values pass by attention. These run as one
+CUDA graph of forward and backward as ours do, "dense launched" and "dense recomputed" (each block run again in the
+backward pass) do not. Before ours is timed its losses over some steps are compared with a plain float32 model's.
 
 Utilisation: FLOPs of the model (each product forward once and backward twice, of attention the pairs that the pattern
 allows, nothing that is run again) over the peak by the datasheet. Memory: at most allocated, and reserved, with graphs.
