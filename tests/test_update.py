@@ -87,8 +87,8 @@ def test_muon_in_batches_is_torchs_of_each_matrix_and_of_queries_keys_and_values
                 part.grad = g * scale
             reference.step()
         want = torch.cat([part.detach() for part in parts])
-        # Both round to bfloat16, ours the share of x in the diagonal too: each is 1 to 2 percent from exact products.
-        assert (got[name] - want).abs().max() <= 0.04 * (want - p.detach()).abs().max(), name
+        # Its products are of bfloat16, and those of a batch may be summed in another order.
+        assert (got[name] - want).abs().max() <= 0.01 * (want - p.detach()).abs().max(), name
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -94,8 +94,7 @@ def _updates(moments: Tensor, group: dict[str, Any]) -> Iterator[tuple[int, Tens
 def orthogonal(g: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Nearly orthogonal matrices by Newton-Schulz in bfloat16 (Jordan et al. 2024). g: (N, R, C). Returns them dense.
 
-    x x' of wide matrices, x' x of tall ones: the smaller product, and no other layout. The share of x itself goes into
-    the diagonal of what x is multiplied by: added to the product it costs as much as the product.
+    x x' of wide matrices, x' x of tall ones: the smaller product, and no other layout.
     """
     a, b, c = coefficients
     x = g.bfloat16()
@@ -104,6 +103,5 @@ def orthogonal(g: Tensor, coefficients: tuple[float, float, float], steps: int, 
     for _ in range(steps):
         gram = x.mT @ x if tall else x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        gram.diagonal(dim1=1, dim2=2).add_(a)
-        x = x @ gram if tall else gram @ x
+        x = torch.baddbmm(x, x, gram, beta=a) if tall else torch.baddbmm(x, gram, x, beta=a)
     return x

@@ -26,7 +26,8 @@ class Walk(NamedTuple):
 # (kernel, part, Dqk, Dv, bytes of an element) -> Config. Kernels: "forward", "backward" (chain_backward), "keys"
 # (compact_backward). Parts: "window", "full" (all keys, or a window of 512 and more), "fixed" (a block with summary or
 # global keys), "summary" (such keys alone or beside a window), "column" and "block", followed by the least of 32, 64
-# and 128 that holds a whole column or block if one does. Medians of benchmarks/tune_attention.py on one H100, cold L2.
+# and 128 that holds a whole column or block if one does. Medians of benchmarks/tune_attention.py on one H100, cold L2;
+# "summary" beside a window of 1,024, from which "full" has its own.
 TUNED: dict[tuple[str, str, int, int, int], Config] = {
     ("forward", "window", 64, 128, 2): Config(64, 64, 4, 2),
     ("forward", "window", 64, 64, 2): Config(64, 32, 4, 3),
