@@ -107,6 +107,26 @@ def test_products_with_the_activation_compile_for_the_copy_engine_and_fit_shared
         assert "wgmma.mma_async" in binary.asm["ptx"]  # Triton 3.6 needs it where the copy engine brings the tiles
 
 
+@pytest.mark.parametrize(("C", "F"), [(256, 512), (128, 1024), (40, 88)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_whose_warps_have_roles_compiles_and_fits_shared_memory(monkeypatch, C, F, dtype):
+    from sparse_tx.model.fused import hopper
+
+    found = []
+    monkeypatch.setattr(hopper, "contract_backward_by_roles", Recorder(hopper.contract_backward_by_roles, found))
+    monkeypatch.setattr(hopper, "total", lambda shares: shares[0])
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    d_a, weight, u = (torch.empty(*s, dtype=dtype, device="meta") for s in ((6144, C), (C, F), (6144, F)))
+    for kind in ("gelu", "relu2"):
+        hopper.contract_gradients(d_a, weight, u, kind)
+    monkeypatch.undo()
+    assert len(found) == 2
+    for kernel, args, named in found:
+        binary = compiled(kernel, args, named, 90)
+        assert binary.metadata.shared <= SHARED_KIB[90] * 1024
+        assert "wgmma.mma_async" in binary.asm["ptx"]
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_average_of_many_tensors_compiles_with_whole_loads(monkeypatch, capability):
     from sparse_tx.training import average

@@ -9,6 +9,8 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from triton.experimental.gluon.nvidia import hopper  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from sparse_tx.attention import Block, Column, Full, Global, Summary, Window  # noqa: E402
@@ -71,12 +73,15 @@ def compiled(kernel, args, named, capability):
         elif isinstance(value, TensorDescriptor):
             block = ",".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, hopper.TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}],{value.layout!r}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attrs[(kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         {n: signature[n] for n in kernel.arg_names},
         {(kernel.arg_names.index(n),): x for n, x in constants.items()},

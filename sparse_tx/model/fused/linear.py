@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
 from sparse_tx.model.activation import activated, activated_and_slope
-from sparse_tx.model.fused import ROWS, WIDEST, products
+from sparse_tx.model.fused import ROWS, WIDEST, hopper, products
 from sparse_tx.model.fused.norm import Kept, Sum, sum_backward, sum_forward, tile_of, total
 from sparse_tx.model.parts import parts, weight_gradient
 
@@ -180,9 +180,8 @@ class _FeedForward(torch.autograd.Function):
         found: list[Tensor] = []
         for part in parts(len(rows), ROWS) if u is None else [slice(None)]:
             u_part = torch.addmm(low_bias, rows[part], low_expand.t()) if u is None else u
-            d_u, y_part, d_expand_bias = _hidden_gradient(d_a[part], low_contract, u_part, y, ctx.kind)
+            d_u, d_expand_bias, d_contract = _contract_backward(d_a[part], low_contract, u_part, y, ctx.kind, ctx.dtype)
             torch.mm(d_u, low_expand, out=d_x.flatten(0, -2)[part])
-            d_contract = weight_gradient(d_a[part], y_part, ctx.dtype)
             d_expand = weight_gradient(d_u, rows[part], ctx.dtype)
             these = [d_expand, d_expand_bias.to(ctx.dtype), d_contract]
             found = these if not found else [a.add_(b) for a, b in zip(found, these, strict=True)]
@@ -197,6 +196,17 @@ def _contracted(u: Tensor, low_contract: Tensor, kind: str, a: Tensor) -> Tensor
     y = activation(u, kind)
     torch.mm(y, low_contract.t(), out=a)
     return y
+
+
+def _contract_backward(
+    d_a: Tensor, low_contract: Tensor, u: Tensor, y: Tensor | None, kind: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of u, the sums of its columns, and the gradient of W2 in `dtype`. d_a (T, C); u, y (T, F)."""
+    if y is None and hopper.usable(d_a, low_contract, u):
+        d_u, sums, d_contract = hopper.contract_gradients(d_a, low_contract, u, kind)
+        return d_u, sums, d_contract.to(dtype)
+    d_u, y, sums = _hidden_gradient(d_a, low_contract, u, y, kind)
+    return d_u, sums, weight_gradient(d_a, y, dtype)
 
 
 def _hidden_gradient(

@@ -144,8 +144,10 @@ def add_shares(SHARES, OUT, P, N, BP: tl.constexpr, BN: tl.constexpr):
 def total(shares: Tensor) -> Tensor:
     """(P, ...) float32 -> (...), in a fixed order. torch's sum takes 13 us for what this does in 3."""
     out = torch.empty(shares.shape[1:], dtype=torch.float32, device=shares.device)
-    N = out.numel()
-    add_shares[(triton.cdiv(N, 16),)](shares, out, len(shares), N, BP=64, BN=16, num_warps=4)
+    P, N = len(shares), out.numel()
+    BP = min(64, triton.next_power_of_2(P))
+    BN = 1024 // BP if N >= 1 << 16 else 16  # many columns: whole lines of them
+    add_shares[(triton.cdiv(N, BN),)](shares, out, P, N, BP=BP, BN=BN, num_warps=4)
     return out
 
 
