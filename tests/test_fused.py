@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from sparse_tx.model import AttentionSpec, ModelSpec, Transformer
 from sparse_tx.model.dropout import counter_dropout
+from sparse_tx.model.fused import hopper
 from sparse_tx.model.fused import linear as linear_module
 from sparse_tx.model.fused.linear import activation, bias_gradient, feed_forward, joined, linear
 from sparse_tx.model.fused.norm import norm
@@ -112,7 +113,8 @@ def test_recomputed_blocks_give_the_same_bits(recompute, other):
 @pytest.mark.parametrize("recompute", POLICIES)
 def test_recomputed_blocks_of_wide_models_give_the_same_bits_in_16_bits(monkeypatch, recompute):
     """Where f(u) is kept or made again, as the policy says."""
-    monkeypatch.setattr(linear_module, "WIDEST", 16)
+    for module in (linear_module, hopper):
+        monkeypatch.setattr(module, "WIDEST", 16)
     same_bits(model_of(layers=2), recompute, dtype=LOW)
 
 
@@ -139,7 +141,7 @@ def test_products_with_the_activation_err_no_more_than_twice_what_plain_blocks_e
     monkeypatch, widest, usable, recompute
 ):
     """Both products ours; the gradient's alone, with f(u) kept or made again; both the library's."""
-    from sparse_tx.model.fused import hopper, products
+    from sparse_tx.model.fused import products
 
     monkeypatch.setattr(hopper, "usable", lambda *_: False)  # test_fused_hopper.py
     model = model_of(layers=2)

@@ -146,8 +146,9 @@ def total(shares: Tensor) -> Tensor:
     out = torch.empty(shares.shape[1:], dtype=torch.float32, device=shares.device)
     P, N = len(shares), out.numel()
     BP = min(64, triton.next_power_of_2(P))
-    BN = 1024 // BP if N >= 1 << 16 else 16  # many columns: whole lines of them
-    add_shares[(triton.cdiv(N, BN),)](shares, out, P, N, BP=BP, BN=BN, num_warps=4)
+    # Of many columns few shares, by whole lines: 16 of 131,072 take 5.2 us, 12.2 by tiles of (64, 16).
+    BN, warps = (1024 // BP, 2) if N >= 1 << 16 else (16, 4)
+    add_shares[(triton.cdiv(N, BN),)](shares, out, P, N, BP=BP, BN=BN, num_warps=warps)
     return out
 
 
