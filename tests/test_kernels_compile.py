@@ -24,7 +24,7 @@ TYPES = {
 }  # fmt: skip
 KERNELS = (
     "attention_forward", "attention_delta", "chain_backward", "compact_backward",
-    "window_forward", "window_backward", "column_forward", "column_backward",
+    "window_forward", "window_backward", "column_forward", "column_backward", "window_backward_by_roles",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class Recorder:
         return lambda *args, **named: self.launches.append((self.kernel, args, named))
 
 
-def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2):
+def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2, roles=True):
     from sparse_tx.attention.kernels import copies, launch
     from sparse_tx.attention.kernels.plan import plan
 
@@ -49,6 +49,7 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2):
     for name in KERNELS:
         monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), found))
     monkeypatch.setattr(launch, "_large", lambda device: capability in (80, 90))
+    monkeypatch.setattr(launch, "_has_roles", lambda device: roles and capability == 90)
     monkeypatch.setattr(copies, "has_copy_engine", lambda device: capability >= 90)
     launch.forget_plans()
     H = len(patterns)
@@ -119,6 +120,17 @@ def test_every_launch_compiles_and_fits_shared_memory(monkeypatch, case, capabil
     for kernel, args, named in found:
         binary = compiled(kernel, args, named, capability)
         assert binary.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel.__name__, named)
+
+
+@pytest.mark.parametrize("case", ["CIFAR-10 merged", "ImageNet64 merged", "audio", "window and column alone"])
+def test_windows_without_roles_compile_with_the_copy_engine_too(monkeypatch, case):
+    names = set()
+    for roles in (True, False):
+        for kernel, args, named in launches(monkeypatch, *CASES[case], 90, roles=roles):
+            names.add(kernel.__name__)
+            if not roles:
+                assert compiled(kernel, args, named, 90).metadata.shared <= SHARED_KIB[90] * 1024
+    assert names >= {"window_backward_by_roles", "window_backward" if "ImageNet" in case else "chain_backward"}
 
 
 def test_what_triton_compiled_is_launched_again_with_all_arguments_in_place():

@@ -23,6 +23,15 @@ class Walk(NamedTuple):
     registers: int | None = None
 
 
+class Roles(NamedTuple):
+    """Of the kernel whose warps have roles: what it keeps in shared memory at a time."""
+
+    queries: int  # tiles
+    keys: int  # tiles
+    pairs: int  # of tiles, weights and gradients of scores
+    registers: int  # of a thread that makes weights
+
+
 # (kernel, part, Dqk, Dv, bytes of an element) -> Config. Kernels: "forward", "backward" (chain_backward), "keys"
 # (compact_backward). Parts: "window", "full" (all keys, or a window of 512 and more), "fixed" (a block with summary or
 # global keys), "summary" (such keys alone or beside a window), "column" and "block", followed by the least of 32, 64
@@ -66,6 +75,30 @@ WALKS: dict[tuple[str, str, int, int], Walk] = {
 }
 MOST_BACK = 4  # tiles that a window reaches back, at most: their dq must fit the registers
 MOST_TILES = 3  # of a column
+
+
+ROLES_TILE = 64
+_SHARED = 226 * 1024  # bytes of a program, barriers aside
+
+
+def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
+    """For a window of R keys, heads of powers of two wide, 16 bits; None if it does not fit.
+
+    On an H100, us: CIFAR-10's window 62 (108 by tiles of their own), audio's 307 (479), ImageNet64's 231 (286 as a
+    walk), each less what delta takes.
+    """
+    back = -(-R // ROLES_TILE)
+    # A thread of four warps has half a register for each column of a tile's accumulator: dk, dv and back + 1 times dq.
+    accumulators = (Dqk * (back + 2) + Dv) // 2
+    registers = min(152, (512 - 24 - accumulators - 40) // 2 // 8 * 8)
+    if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 32 or registers < 112:
+        return None
+    tile, pair = 2 * ROLES_TILE * (Dqk + Dv), 4 * ROLES_TILE**2
+    for queries, pairs in ((back + 2, 3), (back + 2, 2), (back + 1, 2)):
+        # With one tile each of gradients on their way out, and of outputs.
+        if (queries + 2) * tile + pairs * pair + 2 * ROLES_TILE * (2 * Dqk + 2 * Dv) + 256 * queries <= _SHARED:
+            return Roles(queries, 2, pairs, registers)
+    return None
 
 
 def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:

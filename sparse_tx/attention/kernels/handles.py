@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -33,6 +35,7 @@ class Described(NamedTuple):
     shape: list[int]
     strides: list[int]
     block: list[int]
+    gluon: bool = False  # for a kernel in Gluon, whose descriptors say how a block lies in shared memory
 
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]
@@ -67,8 +70,8 @@ class Launch:
         arguments = arguments.copy()
         for at, place in pointers:
             arguments[at] = tensors[place]
-        for at, place, fields in descriptors:
-            descriptor = object.__new__(TensorDescriptor)  # its constructor checks what `_first` had it check
+        for at, place, kind, fields in descriptors:
+            descriptor: Any = object.__new__(kind)  # its constructor checks what `_first` had it check
             descriptor.__dict__ = {**fields, "base": tensors[place]}
             arguments[at] = descriptor
         handle(*arguments)
@@ -93,7 +96,7 @@ class Launch:
                 pointers.append((at, argument.place))
             elif isinstance(argument, Described):
                 fields = {n: x for n, x in vars(value).items() if n != "base"}
-                descriptors.append((at, argument.operand.place, fields))
+                descriptors.append((at, argument.operand.place, type(value), fields))
         # At once: another thread may be about to make the same launch.
         self._ready = _Ready(compiled[self.grid], [argument for argument, _ in both], pointers, descriptors)
 
@@ -105,12 +108,17 @@ class _Ready(NamedTuple):
     handle: Callable[..., object]
     arguments: list[object]
     pointers: list[tuple[int, int]]
-    descriptors: list[tuple[int, int, dict[str, Any]]]
+    descriptors: list[tuple[int, int, type, dict[str, Any]]]
 
 
 def _filled(argument: object, tensors: Sequence[Tensor]) -> object:
     if isinstance(argument, Operand):
         return tensors[argument.place]
     if isinstance(argument, Described):
-        return TensorDescriptor(tensors[argument.operand.place], argument.shape, argument.strides, argument.block)
+        tensor = tensors[argument.operand.place]
+        if argument.gluon:
+            dtype = getattr(gl, str(tensor.dtype).removeprefix("torch."))
+            layout = gl.NVMMASharedLayout.get_default_for(argument.block, dtype)
+            return hopper.TensorDescriptor(tensor, argument.shape, argument.strides, argument.block, layout)
+        return TensorDescriptor(tensor, argument.shape, argument.strides, argument.block)
     return argument

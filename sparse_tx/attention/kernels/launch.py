@@ -13,7 +13,18 @@ from torch import Tensor
 from sparse_tx.attention.kernels import interpreted  # noqa: F401
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
 from sparse_tx.attention.kernels.column import column_backward, column_forward
-from sparse_tx.attention.kernels.configs import MOST_BACK, MOST_TILES, Config, Walk, config, power_of_two, walk
+from sparse_tx.attention.kernels.configs import (
+    MOST_BACK,
+    MOST_TILES,
+    ROLES_TILE,
+    Config,
+    Roles,
+    Walk,
+    config,
+    power_of_two,
+    roles,
+    walk,
+)
 from sparse_tx.attention.kernels.copies import (
     can_copy,
     copies_summary,
@@ -25,6 +36,7 @@ from sparse_tx.attention.kernels.copies import (
 from sparse_tx.attention.kernels.forward import attention_forward
 from sparse_tx.attention.kernels.handles import Launch, Layout, Operand, layouts, operands
 from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Chain, Run, runs_of
+from sparse_tx.attention.kernels.roles import window_backward_by_roles
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
 _LOG2E = 1.4426950408889634
@@ -105,6 +117,33 @@ def _walk(kernel: str, chain: Chain, *tensors: Operand) -> Walk | None:
     if not fits:
         return None
     return chosen if can_copy(chain, *tensors) else None
+
+
+def _has_roles(device: torch.device) -> bool:
+    """Whether kernels run there whose tensor instructions are those of compute capability 9.0 alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _roles(chain: Chain, *tensors: Operand) -> Roles | None:
+    """As `_walk`, of the backward pass of a window by warps with roles."""
+    q, v = tensors[:2]
+    plain = chain.part == "window" and chain.tokens == 0
+    if not plain or not _has_roles(q.device) or not can_copy(chain, *tensors):
+        return None
+    return roles(chain.R, q.shape[-1], v.shape[-1])
+
+
+def _chunks(tiles: int, rest: int, halo: int, device: torch.device) -> tuple[int, int]:
+    """As `_spread`, where a multiprocessor has one program at a time: the fewest tiles one after the other, of which
+    each chunk has `halo` more than its own.
+    """
+    most = _multiprocessors(device.index)
+
+    def cost(chunks: int) -> int:
+        return -(-chunks * rest // most) * (-(-tiles // chunks) + halo)
+
+    length = -(-tiles // min(range(1, min(tiles, most) + 1), key=cost))
+    return length, -(-tiles // length)
 
 
 def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
@@ -258,6 +297,24 @@ def _walk_backward(
     )  # fmt: skip
 
 
+def _backward_by_roles(
+    chain: Chain, run: Run, chosen: Roles, add: bool, delta_here: bool, has_dlse: bool,
+    tensors: list[Operand], scale: float,
+) -> Launch:  # fmt: skip
+    """tensors: as of `_walk_backward`."""
+    B, S, H, _ = tensors[0].shape
+    described = [t if len(t.shape) == 3 else descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in tensors]
+    # What a walk costs beyond its tiles: those it begins with, and some two to begin and to end.
+    halo = -(-chain.R // ROLES_TILE) + 2
+    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, tensors[0].device)
+    return Launch(
+        window_backward_by_roles, chunks * B * run.heads,
+        *described, S, H, run.head, run.heads, chunks, length, scale * _LOG2E, scale,
+        R=chain.R, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers,
+        ADD=add, DELTA_HERE=delta_here, HAS_DLSE=has_dlse, num_warps=4,
+    )  # fmt: skip
+
+
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, numbers: Sequence[int], scale: float,
@@ -293,6 +350,7 @@ def plan_backward(
         compact = bool(run.summary or run.tokens)
         tilings = [_tiling("backward", chain, q, v) for chain in chains]
         walks = [_walk("backward", chain, q, v, k, out, dout, dq, dk, dv) for chain in chains]
+        by_roles = [None if compact else _roles(chain, q, v, k, out, dout, dq, dk, dv) for chain in chains]
         # Where the first pass sees each query once, it makes delta on the way; a window alone makes it where needed.
         single_first = tilings[0].single or (walks[0] is not None and chains[0].strided)
         here = single_first or (chains[0].part == "window" and len(chains) == 1)
@@ -305,6 +363,10 @@ def plan_backward(
             )  # fmt: skip
             launches.append(launch)
         for turn, (chain, (chosen, tiles, per, advance, single)) in enumerate(zip(chains, tilings, strict=True)):
+            if (by_role := by_roles[turn]) is not None:
+                made = here and turn == 0
+                launches.append(_backward_by_roles(chain, run, by_role, turn > 0, made, has_dlse, tensors, scale))
+                continue
             if (walked := walks[turn]) is not None:
                 store_delta = len(chains) > 1 or compact
                 launch = _walk_backward(

@@ -1,0 +1,299 @@
+"""The backward pass of a window by warps with roles of their own, in Gluon for GPUs of compute capability 9.0.
+
+A program walks along the sequence as `window.window_backward` does and visits each pair of tiles, one of keys and one
+of queries, once. One warp brings tiles by the copy engine; two groups of four take turns in the weights of a pair and
+the gradients of its scores, which they leave in shared memory in 16 bits; a fourth group makes dq, dk and dv of them,
+in registers. So the products of one pair, the exponentials of the next and the copies of later ones overlap.
+
+Names: t counts the program's tiles of keys, i its tiles of queries, from t on (far = 0) to t + BACK; n counts pairs.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _bring(
+    Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at,
+    q_full, q_empty, kv_full, kv_empty, o_full, o_empty, old_full, old_empty, b, head, begin, own, count, S,
+    BACK: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr,
+):  # fmt: skip
+    BT: gl.constexpr = Q.block_shape[2]
+    BYTES: gl.constexpr = 2 * BT * (Q.block_shape[3] + V.block_shape[3])
+    for i in range(count + BACK):
+        t = i - BACK
+        if t >= 0:
+            at = t % NKV
+            row = (begin + t) * BT
+            mbarrier.wait(kv_empty.index(at), (t // NKV & 1) ^ 1)
+            mbarrier.expect(kv_full.index(at), BYTES)
+            tma.async_copy_global_to_shared(K, [b, head, row, 0], kv_full.index(at), k.index(at))
+            tma.async_copy_global_to_shared(V, [b, head, row, 0], kv_full.index(at), v.index(at))
+        here = i % NQ
+        first = (begin + i) * BT
+        mbarrier.wait(q_empty.index(here), (i // NQ & 1) ^ 1)
+        mbarrier.expect(q_full.index(here), BYTES)
+        tma.async_copy_global_to_shared(Q, [b, head, first, 0], q_full.index(here), q.index(here))
+        tma.async_copy_global_to_shared(G, [b, head, first, 0], q_full.index(here), g.index(here))
+        if DELTA_HERE:
+            mbarrier.wait(o_empty.index(0), (i & 1) ^ 1)
+            mbarrier.expect(o_full.index(0), 2 * BT * V.block_shape[3])
+            tma.async_copy_global_to_shared(O, [b, head, first, 0], o_full.index(0), o.index(0))
+        if ADD:  # to the gradients of the tile before: they are wanted last
+            before = t - 1
+            if before >= 0:
+                _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, before, S)
+    if ADD:
+        _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count - 1, S)
+
+
+@gluon.jit
+def _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, t, S):
+    BT: gl.constexpr = DQ.block_shape[2]
+    to = gl.where(begin + t >= own, (begin + t) * BT, S)
+    mbarrier.wait(old_empty.index(0), (t & 1) ^ 1)
+    mbarrier.expect(old_full.index(0), 2 * BT * (2 * DQ.block_shape[3] + DV.block_shape[3]))
+    tma.async_copy_global_to_shared(DQ, [b, head, to, 0], old_full.index(0), dq_at)
+    tma.async_copy_global_to_shared(DK, [b, head, to, 0], old_full.index(0), dk_at)
+    tma.async_copy_global_to_shared(DV, [b, head, to, 0], old_full.index(0), dv_at)
+
+
+@gluon.jit
+def _delta(o, g, DLSE, rows, S, HAS_DLSE: gl.constexpr):
+    """sum(out * dout) - dlse of a tile's queries. o, g: (BT, D) in shared memory."""
+    BT: gl.constexpr = o.shape[0]
+    D: gl.constexpr = o.shape[1]
+    W: gl.constexpr = 64 if D > 64 else D
+    PARTS: gl.constexpr = D // W
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
+    product = gl.zeros([BT, W], gl.float32, layout)
+    for part in gl.static_range(PARTS):
+        left = o.slice(part * W, W, 1).load(layout).to(gl.float32)
+        product += left * g.slice(part * W, W, 1).load(layout).to(gl.float32)
+    delta = gl.convert_layout(gl.sum(product, 1), rows.type.layout)
+    if HAS_DLSE:
+        delta -= gl.load(DLSE + rows, mask=rows < S, other=0.0)
+    return delta
+
+
+@gluon.jit
+def _weights(
+    WHICH: gl.constexpr, LSE, DLSE, DELTA, q, k, v, o, g, weights, scores, deltas,
+    q_full, kv_full, o_full, o_empty, delta_full, pair_full, pair_empty, begin, count, S, scale,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
+    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, DELTA_HERE: gl.constexpr, HAS_DLSE: gl.constexpr,
+):  # fmt: skip
+    """Weights and gradients of scores, (queries, keys), of every second pair. Delta of a tile by whom sees it first."""
+    PAIRS: gl.constexpr = BACK + 1
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    zero = gl.zeros([BT, BT], gl.float32, layout)
+    query = gl.arange(0, BT, gl.SliceLayout(1, layout))
+    key = gl.arange(0, BT, gl.SliceLayout(0, layout))
+    if DELTA_HERE and WHICH == 0:
+        for early in gl.static_range(BACK):
+            mbarrier.wait(q_full.index(early), 0)
+            mbarrier.wait(o_full.index(0), early & 1)
+            of_early = (begin + early) * BT + query
+            grads_early = g.index(early).reshape([BT, BDV])
+            delta_early = _delta(o.index(0).reshape([BT, BDV]), grads_early, DLSE, of_early, S, HAS_DLSE)
+            mbarrier.arrive(o_empty.index(0), count=1)
+            deltas.index(early).store(delta_early)
+            mbarrier.arrive(delta_full.index(early), count=1)
+    for n in range(WHICH, count * PAIRS, 2):
+        t = n // PAIRS
+        far = n % PAIRS
+        i = t + far
+        at = i % NQ
+        rows = (begin + i) * BT + query
+        lse = gl.load(LSE + rows, mask=rows < S, other=0.0) * LOG2E
+        mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
+        mbarrier.wait(q_full.index(at), i // NQ & 1)
+        grads = g.index(at).reshape([BT, BDV])
+        keys = k.index(t % NKV).reshape([BT, BDQ])
+        values = v.index(t % NKV).reshape([BT, BDV])
+        if DELTA_HERE:
+            if far == BACK:
+                mbarrier.wait(o_full.index(0), i & 1)
+                first = _delta(o.index(0).reshape([BT, BDV]), grads, DLSE, rows, S, HAS_DLSE)
+                mbarrier.arrive(o_empty.index(0), count=1)
+                deltas.index(at).store(first)
+                mbarrier.arrive(delta_full.index(at), count=1)
+            mbarrier.wait(delta_full.index(at), i // NQ & 1)
+            delta = deltas.index(at).load(gl.SliceLayout(1, layout))
+        else:
+            delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
+        s = warpgroup_mma(q.index(at).reshape([BT, BDQ]), keys.permute([1, 0]), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma(grads, values.permute([1, 0]), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        p = gl.exp2(s * scale - lse[:, None])
+        if (far == 0) | (far * BT + BT - 1 > R):
+            away = (query + far * BT)[:, None] - key[None, :]
+            p = gl.where((away >= 0) & (away <= R), p, 0.0)
+        mbarrier.wait(pair_empty.index(n % NP), (n // NP & 1) ^ 1)
+        weights.index(n % NP).store(p.to(q.dtype))
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        scores.index(n % NP).store((p * (dp - delta[:, None])).to(q.dtype))
+        fence_async_shared()
+        mbarrier.arrive(pair_full.index(n % NP), count=1)
+
+
+@gluon.jit
+def _written(at, x, ADD: gl.constexpr):
+    """Puts x (BT, D) where the copy engine takes it from; ADD: added to what lies there."""
+    BT: gl.constexpr = x.shape[0]
+    D: gl.constexpr = x.shape[1]
+    tile = at.reshape([BT, D])
+    if ADD:
+        x += tile.load(x.type.layout).to(gl.float32)
+    tile.store(x.to(at.dtype))
+
+
+@gluon.jit
+def _gradients(
+    DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at,
+    q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
+    b, head, begin, own, count, S, softmax_scale,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr,
+    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys after the other; dq_0 to dq_BACK of the queries that see it. dq_0 is done then."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
+    none = gl.zeros([BT, BDQ], gl.float32, narrow)
+    dq_0, dq_1, dq_2, dq_3, dq_4 = none, none, none, none, none
+    for t in range(count):
+        mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
+        keys = k.index(t % NKV).reshape([BT, BDQ])
+        dk = none
+        dv = gl.zeros([BT, BDV], gl.float32, wide)
+        for far in gl.static_range(BACK + 1):
+            n = t * (BACK + 1) + far
+            i = t + far
+            mbarrier.wait(q_full.index(i % NQ), i // NQ & 1)
+            mbarrier.wait(pair_full.index(n % NP), n // NP & 1)
+            p, ds = weights.index(n % NP), scores.index(n % NP)
+            grads, queries = g.index(i % NQ).reshape([BT, BDV]), q.index(i % NQ).reshape([BT, BDQ])
+            dv = warpgroup_mma(p.permute([1, 0]), grads, dv, use_acc=far > 0, is_async=True)
+            dk = warpgroup_mma(ds.permute([1, 0]), queries, dk, use_acc=far > 0, is_async=True)
+            if far == 0:
+                dq_0 = warpgroup_mma(ds, keys, dq_0, is_async=True)
+                dv, dk, dq_0 = warpgroup_mma_wait(0, deps=[dv, dk, dq_0])
+                mbarrier.arrive(q_empty.index(i % NQ), count=1)
+                if ADD:
+                    tma.store_wait(0)
+                    if t > 0:
+                        mbarrier.arrive(old_empty.index(0), count=1)
+            elif far == 1:
+                dq_1 = warpgroup_mma(ds, keys, dq_1, use_acc=BACK > 1, is_async=True)
+                dv, dk, dq_1 = warpgroup_mma_wait(0, deps=[dv, dk, dq_1])
+            elif far == 2:
+                dq_2 = warpgroup_mma(ds, keys, dq_2, use_acc=BACK > 2, is_async=True)
+                dv, dk, dq_2 = warpgroup_mma_wait(0, deps=[dv, dk, dq_2])
+            elif far == 3:
+                dq_3 = warpgroup_mma(ds, keys, dq_3, use_acc=BACK > 3, is_async=True)
+                dv, dk, dq_3 = warpgroup_mma_wait(0, deps=[dv, dk, dq_3])
+            else:
+                dq_4 = warpgroup_mma(ds, keys, dq_4, use_acc=False, is_async=True)
+                dv, dk, dq_4 = warpgroup_mma_wait(0, deps=[dv, dk, dq_4])
+            mbarrier.arrive(pair_empty.index(n % NP), count=1)
+        mbarrier.arrive(kv_empty.index(t % NKV), count=1)
+        # All are complete, but only a wait that names them keeps their moves below from among the products, which
+        # ptxas would then run one after the other.
+        dk, dv, dq_0, dq_1, dq_2, dq_3, dq_4 = warpgroup_mma_wait(0, deps=[dk, dv, dq_0, dq_1, dq_2, dq_3, dq_4])
+        to = gl.where(begin + t >= own, (begin + t) * BT, S)  # a tile of another program is stored beyond the end
+        if ADD:
+            mbarrier.wait(old_full.index(0), t & 1)
+        else:
+            tma.store_wait(0)
+        _written(dq_at, dq_0 * softmax_scale, ADD)
+        _written(dk_at, dk * softmax_scale, ADD)
+        _written(dv_at, dv, ADD)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(DQ, [b, head, to, 0], dq_at)
+        tma.async_copy_shared_to_global(DK, [b, head, to, 0], dk_at)
+        tma.async_copy_shared_to_global(DV, [b, head, to, 0], dv_at)
+        dq_0, dq_1, dq_2, dq_3 = dq_1, dq_2, dq_3, dq_4
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(N: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=1)
+    return bars
+
+
+@gluon.jit
+def window_backward_by_roles(
+    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale,
+    R: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, REGISTERS: gl.constexpr,
+    ADD: gl.constexpr, DELTA_HERE: gl.constexpr, HAS_DLSE: gl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv of `length` tiles, as `window_backward`; LSE, DLSE and DELTA are pointers.
+
+    NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory at a time. REGISTERS: of a thread that makes
+    weights; the group that makes gradients has the rest.
+    """
+    BT: gl.constexpr = Q.block_shape[2]
+    BDQ: gl.constexpr = Q.block_shape[3]
+    BDV: gl.constexpr = V.block_shape[3]
+    BACK: gl.constexpr = (R + BT - 1) // BT
+    dtype: gl.constexpr = Q.dtype
+    pair: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BT], dtype)
+    q = gl.allocate_shared_memory(dtype, [NQ, 1, 1, BT, BDQ], Q.layout)
+    g = gl.allocate_shared_memory(dtype, [NQ, 1, 1, BT, BDV], G.layout)
+    k = gl.allocate_shared_memory(dtype, [NKV, 1, 1, BT, BDQ], K.layout)
+    v = gl.allocate_shared_memory(dtype, [NKV, 1, 1, BT, BDV], V.layout)
+    weights = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
+    scores = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
+    dq_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDQ], DQ.layout)
+    dk_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDQ], DK.layout)
+    dv_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDV], DV.layout)
+    o, deltas = g, weights  # unread
+    if DELTA_HERE:
+        o = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDV], O.layout)
+        deltas = gl.allocate_shared_memory(gl.float32, [NQ, BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full, q_empty = _barriers(NQ), _barriers(NQ)
+    kv_full, kv_empty = _barriers(NKV), _barriers(NKV)
+    pair_full, pair_empty = _barriers(NP), _barriers(NP)
+    o_full, o_empty, delta_full = _barriers(1), _barriers(1), _barriers(NQ)
+    old_full, old_empty = _barriers(1), _barriers(1)
+    fence_async_shared()
+    pid = gl.program_id(0)
+    chunk = pid % chunks
+    head = h0 + pid // chunks % heads
+    b = pid // chunks // heads
+    numbers = (b.to(gl.int64) * H + head) * S
+    LSE += numbers
+    DLSE += numbers
+    DELTA += numbers
+    own = chunk * length
+    begin = gl.maximum(own - BACK, 0)
+    count = gl.minimum(own + length, (S + BT - 1) // BT) - begin
+    gl.warp_specialize(
+        [
+            (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
+                          pair_full, pair_empty, old_full, old_empty, b, head, begin, own, count, S, softmax_scale,
+                          BT, BDQ, BDV, BACK, NQ, NKV, NP, ADD)),
+            (_weights, (0, LSE, DLSE, DELTA, q, k, v, o, g, weights, scores, deltas, q_full, kv_full, o_full, o_empty,
+                        delta_full, pair_full, pair_empty, begin, count, S, scale,
+                        BT, BDQ, BDV, R, BACK, NQ, NKV, NP, DELTA_HERE, HAS_DLSE)),
+            (_weights, (1, LSE, DLSE, DELTA, q, k, v, o, g, weights, scores, deltas, q_full, kv_full, o_full, o_empty,
+                        delta_full, pair_full, pair_empty, begin, count, S, scale,
+                        BT, BDQ, BDV, R, BACK, NQ, NKV, NP, DELTA_HERE, HAS_DLSE)),
+            (_bring, (Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
+                      o_full, o_empty, old_full, old_empty, b, head, begin, own, count, S,
+                      BACK, NQ, NKV, ADD, DELTA_HERE)),
+        ],
+        [4, 4, 1], [REGISTERS, REGISTERS, 24],
+    )  # fmt: skip
