@@ -13,6 +13,8 @@ from torch.optim import Muon
 from sparse_tx.attention.kernels import no_kernels
 from sparse_tx.training.tables import table, usable
 
+DTYPE = torch.bfloat16  # of the iteration: Triton's interpreter multiplies only others rightly
+
 
 class BatchedMuon(Muon):
     """torch's Muon with all matrices of one shape in one product: the launches do not grow with the layers.
@@ -96,10 +98,14 @@ def orthogonal(g: Tensor, coefficients: tuple[float, float, float], steps: int, 
 
     x x' of wide matrices, x' x of tall ones: the smaller product, and no other layout.
     """
+    x = g.to(DTYPE)
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)).contiguous()
+    if no_kernels(x.device, x.dtype) is None:
+        from sparse_tx.training import muon_products
+
+        return muon_products.iterated(x, coefficients, steps)
     a, b, c = coefficients
-    x = g.bfloat16()
     tall = x.shape[1] > x.shape[2]
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x.mT @ x if tall else x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
