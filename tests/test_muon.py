@@ -101,6 +101,23 @@ def test_parts_are_made_orthogonal_each_by_itself(shape, rows):
     agree(got, (whole, want[1]))
 
 
+@pytest.mark.parametrize(
+    ("rows", "batches"),
+    [
+        ([64, 64, 64], [(9, 64, 64)]),
+        ([48, 48, 96], [(6, 48, 64), (3, 96, 64)]),
+        ([48, 96, 48], [(3, 48, 64), (3, 96, 64), (3, 48, 64)]),
+        (None, [(3, 192, 64)]),
+    ],
+)
+def test_neighbouring_parts_of_one_size_are_one_batch(monkeypatch, rows, batches):
+    taken = []
+    real = muon.orthogonal
+    monkeypatch.setattr(muon, "orthogonal", lambda g, *rest: (taken.append(tuple(g.shape)), real(g, *rest))[1])
+    stepped((192, 64), rows, kernels=True, steps=1)
+    assert taken == batches
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_step_that_is_not_finite_moves_neither_weights_nor_momentum(kernels):
     before, after = (stepped((130, 64), [30, 100], kernels=kernels, steps=n, skip=(1, 2)) for n in (1, 3))
