@@ -156,3 +156,30 @@ def test_muons_two_passes_compile_with_whole_loads_and_stores(monkeypatch, capab
         text = compiled(kernel, args, named, capability).asm["ptx"]
         assert "ld.global.v4.b32" in text
         assert "st.global.v4.b32" in text
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+@pytest.mark.parametrize("shape", [(16, 2048, 512), (16, 512, 2048), (3, 72, 520), (3, 127, 33)], ids=str)
+def test_muons_products_compile_for_tensor_cores_and_fit_shared_memory(monkeypatch, shape, capability):
+    from sparse_tx.training import muon_products
+
+    found = []
+    for name in ("muon_symmetric", "muon_update"):
+        monkeypatch.setattr(muon_products, name, Recorder(getattr(muon_products, name), found))
+    monkeypatch.setattr(muon_products, "has_copy_engine", lambda device: capability >= 90)
+    monkeypatch.setattr(muon_products, "_large", lambda device: capability == 90)
+    N, R, C = shape
+    S = min(R, C)
+    tensors = [torch.empty(N, *s, dtype=torch.bfloat16, device="meta") for s in ((R, C), (S, S), (S, S), (R, C))]
+    for launch in muon_products.launches(shape, torch.bfloat16, tensors[0].device, (3.0, -4.0, 2.0)):
+        launch(tensors)
+    monkeypatch.undo()
+    assert len(found) == 3
+    whole = S % 8 == 0 and C % 8 == 0
+    for kernel, args, named in found:
+        binary = compiled(kernel, args, named, capability)
+        assert binary.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel.__name__, named)
+        text = binary.asm["ptx"]
+        assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in text
+        assert not whole or ("cp.async.bulk.tensor" if capability == 90 else "cp.async.cg") in text
+        assert not whole or "st.global.v4.b32" in text

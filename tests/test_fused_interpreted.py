@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 def test_fused_blocks_pass_in_the_interpreter():
     here = Path(__file__).parent
-    names = ("test_fused.py", "test_fused_evaluation.py", "test_products.py", "test_average.py", "test_muon.py")
-    files = [str(here / name) for name in names]
+    names = ("fused", "fused_evaluation", "products", "average", "muon", "muon_products")
+    files = [str(here / f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-n0", "-x", *files]
     done = subprocess.run(
         command, cwd=here.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Muon's two launches against its passes in torch, and Newton-Schulz: on a GPU, or in Triton's interpreter on a CPU.
+"""Muon's step by kernels against its passes in torch, and Newton-Schulz: on a GPU, or in Triton's interpreter on a CPU.
 
 `test_fused_interpreted.py` runs this file in the interpreter, in a process of its own.
 """
@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from kernels_here import DEVICE, INTERPRETED, MARKS
+from kernels_here import DEVICE, INTERPRETED, LOW, MARKS
 from torch import nn
 from torch.optim import Muon
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS
@@ -33,12 +33,17 @@ def optimizer(shape, rows=None, N=3, **settings):
     return BatchedMuon([{"params": params, "rows": rows}], adjust_lr_fn="match_rms_adamw", **settings), params
 
 
-def stepped(shape, rows=None, *, kernels, steps=3, scale=None, skip=(), **settings):
-    """Weights and momentum after steps in which those of `skip` have gradients that are not finite."""
+def stepped(shape, rows=None, *, kernels, steps=3, scale=None, skip=(), dtype=torch.bfloat16, **settings):
+    """Weights and momentum after steps in which those of `skip` have gradients that are not finite.
+
+    dtype: of the iteration, whose products kernels take only if they multiply it rightly.
+    """
     one, params = optimizer(shape, rows, **settings)
     taken = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(muon, "no_kernels", lambda device: None if kernels else "the passes are to be taken")
+        can = {None, LOW} if kernels else ()
+        patch.setattr(muon, "no_kernels", lambda _, dtype=None: None if dtype in can else "torch is to be taken")
+        patch.setattr(muon, "DTYPE", dtype)
         for name in ("_launch", "_passes"):
             real = getattr(one, name)
             patch.setattr(one, name, lambda *a, name=name, real=real: (taken.append(name), real(*a))[1])
@@ -56,13 +61,13 @@ def stepped(shape, rows=None, *, kernels, steps=3, scale=None, skip=(), **settin
     return [p.detach() for p in params], [one.state[p]["momentum_buffer"] for p in params]
 
 
-def agree(got, want):
+def agree(got, want, bound=0.05):
     """Momentum but for the order of float32 operations, weights but for that of bfloat16 sums: up to 3% of a step."""
     for a, b in zip(got[1], want[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     for i, (a, b) in enumerate(zip(got[0], want[0], strict=True)):
         moved = (b - randn(*b.shape, seed=i)).abs().max()
-        assert (a - b).abs().max() <= 0.05 * moved
+        assert (a - b).abs().max() <= bound * moved
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,6 +75,12 @@ def agree(got, want):
 def test_two_launches_do_what_the_passes_do(shape, scale):
     got, want = (stepped(shape, kernels=k, scale=scale) for k in (True, False))
     agree(got, want)
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((64, 96), None), ((136, 72), [40, 48, 48]), ((65, 33), None)])
+def test_a_whole_step_by_kernels_is_that_of_torch(shape, rows):
+    got, want = (stepped(shape, rows, kernels=k, steps=1, dtype=LOW) for k in (True, False))
+    agree(got, want, min(0.05, 10 * torch.finfo(LOW).eps))
 
 
 PARTS = [((192, 64), [64, 64, 64]), ((160, 64), [48, 48, 64]), ((70, 50), [10, 60])]
@@ -88,6 +99,23 @@ def test_parts_are_made_orthogonal_each_by_itself(shape, rows):
         reference.step()
     whole = [torch.cat([p.detach() for p in parts[i : i + len(rows)]]) for i in range(0, len(parts), len(rows))]
     agree(got, (whole, want[1]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "batches"),
+    [
+        ([64, 64, 64], [(9, 64, 64)]),
+        ([48, 48, 96], [(6, 48, 64), (3, 96, 64)]),
+        ([48, 96, 48], [(3, 48, 64), (3, 96, 64), (3, 48, 64)]),
+        (None, [(3, 192, 64)]),
+    ],
+)
+def test_neighbouring_parts_of_one_size_are_one_batch(monkeypatch, rows, batches):
+    taken = []
+    real = muon.orthogonal
+    monkeypatch.setattr(muon, "orthogonal", lambda g, *rest: (taken.append(tuple(g.shape)), real(g, *rest))[1])
+    stepped((192, 64), rows, kernels=True, steps=1)
+    assert taken == batches
 
 
 @pytest.mark.parametrize("kernels", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.optim import Muon
 
 from sparse_tx.attention.kernels import no_kernels
 from sparse_tx.training.tables import table, usable
+
+DTYPE = torch.bfloat16  # of the iteration: Triton's interpreter multiplies only others rightly
 
 
 class BatchedMuon(Muon):
@@ -83,12 +86,18 @@ class BatchedMuon(Muon):
 
 
 def _updates(moments: Tensor, group: dict[str, Any]) -> Iterator[tuple[int, Tensor, float]]:
-    """Of each part of moments (N, R, C): its first row, its orthogonal matrices, and by how much of them to step."""
+    """Of the parts of moments (N, R, C), neighbours of one size together: their first row, their orthogonal matrices,
+    and by how much of them to step.
+    """
+    N, R, C = moments.shape
     first = 0
-    for part in moments.split(group["rows"] or [moments.shape[1]], 1):
-        rate = 0.2 * math.sqrt(max(part.shape[1:]))  # match_rms_adamw
-        yield first, orthogonal(part, group["ns_coefficients"], group["ns_steps"], group["eps"]), group["lr"] * rate
-        first += part.shape[1]
+    for rows, alike in groupby(group["rows"] or [R]):
+        total = rows * len(list(alike))
+        parts = moments[:, first : first + total].reshape(-1, rows, C)
+        x = orthogonal(parts, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rate = 0.2 * math.sqrt(max(rows, C))  # match_rms_adamw
+        yield first, x.view(N, total, C), group["lr"] * rate
+        first += total
 
 
 def orthogonal(g: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -96,10 +105,14 @@ def orthogonal(g: Tensor, coefficients: tuple[float, float, float], steps: int, 
 
     x x' of wide matrices, x' x of tall ones: the smaller product, and no other layout.
     """
+    x = g.to(DTYPE)
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)).contiguous()
+    if no_kernels(x.device, x.dtype) is None:
+        from sparse_tx.training import muon_products
+
+        return muon_products.iterated(x, coefficients, steps)
     a, b, c = coefficients
-    x = g.bfloat16()
     tall = x.shape[1] > x.shape[2]
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x.mT @ x if tall else x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
