@@ -127,6 +127,27 @@ def test_the_kernel_whose_warps_have_roles_compiles_and_fits_shared_memory(monke
         assert "wgmma.mma_async" in binary.asm["ptx"]
 
 
+@pytest.mark.parametrize(("C", "F"), [(512, 2048), (264, 1000), (48, 80)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_wide_kernel_whose_warps_have_roles_compiles_and_fits_shared_memory(monkeypatch, C, F, dtype):
+    from sparse_tx.model.fused import hopper
+
+    found = []
+    monkeypatch.setattr(hopper, "hidden_gradient_by_roles", Recorder(hopper.hidden_gradient_by_roles, found))
+    monkeypatch.setattr(hopper, "total", lambda shares: shares[0])
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    d_a, weight, u = (torch.empty(*s, dtype=dtype, device="meta") for s in ((6144, C), (C, F), (6144, F)))
+    for kind in ("gelu", "relu2"):
+        for again in (False, True):
+            hopper.hidden_gradient(d_a, weight, u, kind, again=again)
+    monkeypatch.undo()
+    assert len(found) == 4
+    for kernel, args, named in found:
+        binary = compiled(kernel, args, named, 90)
+        assert binary.metadata.shared <= SHARED_KIB[90] * 1024
+        assert "wgmma.mma_async" in binary.asm["ptx"]
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_average_of_many_tensors_compiles_with_whole_loads(monkeypatch, capability):
     from sparse_tx.training import average

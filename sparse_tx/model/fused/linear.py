@@ -214,7 +214,8 @@ def _hidden_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of u, f(u), made again if y is None, and the sums of the gradient's columns. d_a (T, C); u, y (T, F)."""
     if products.usable(d_a, low_contract, u):
-        d, made, sums = products.hidden_gradient(d_a, low_contract, u, kind, again=y is None)
+        by = hopper if hopper.usable_wide(d_a, low_contract, u) else products
+        d, made, sums = by.hidden_gradient(d_a, low_contract, u, kind, again=y is None)
         y = made if y is None else y
         assert y is not None
         return d, y, sums
