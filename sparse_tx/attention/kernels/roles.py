@@ -122,6 +122,9 @@ def _weights(
         values = v.index(t % NKV).reshape([BT, BDV])
         if DELTA_HERE:
             if far == BACK:
+                # The other group may have the output before this one: a barrier tells its last phase from the next
+                # alone, so none may wait for more than the next.
+                mbarrier.wait(delta_full.index((i - 1) % NQ), (i - 1) // NQ & 1)
                 mbarrier.wait(o_full.index(0), i & 1)
                 first = _delta(o.index(0).reshape([BT, BDV]), grads, DLSE, rows, S, HAS_DLSE)
                 mbarrier.arrive(o_empty.index(0), count=1)

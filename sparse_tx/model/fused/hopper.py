@@ -38,10 +38,10 @@ from sparse_tx.model.fused import WIDEST, products
 from sparse_tx.model.fused.norm import total
 
 BM, BN, BK = 64, 64, 128
-# Tiles of da, of u and of f(u) that lie in shared memory at a time, and registers of a thread that computes. On an
-# H100, 49,152 rows of 256 with 512 hidden units in bf16, us: 64 and 6 for the shares of programs, where `products` and
-# the library take 128. Lost: chunks of 128 hidden units, which need half of the copies from the L2 cache but leave too
-# few registers (78; by two groups that do both 86).
+# Tiles of da, of u and of f(u) that lie in shared memory at a time, in multiples of _GROUPS (see `_bring_rows`), and
+# registers of a thread that computes. On an H100, 49,152 rows of 256 with 512 hidden units in bf16, us: 62 and 5 for the
+# shares of programs, where `products` and the library take 128. Lost: chunks of 128 hidden units, which need half of the
+# copies from the L2 cache but leave too few registers (78; by two groups that do both 86).
 DA_TILES, TILES = 4, 4
 REGISTERS = 152
 _GROUPS = 2  # that take turns in the gradient of u
@@ -52,15 +52,13 @@ class Wide(NamedTuple):
 
     columns: int  # hidden units of a program
     depth: int  # columns of a slice of da
-    slices: tuple[int, int]  # of da that lie in shared memory at a time
-    tiles: tuple[int, int]  # of u
-    groups: int  # the same for both: recomputed blocks have the bits of kept ones
+    slices: tuple[int, int]  # of da that lie in shared memory at a time, of each group
     registers: int
 
 
 # What 227 KiB hold beside the 128 of W2 that a program of a model 512 wide has, whose groups spill no register. A group
 # gives back a slice of da when the products of the next have begun: there are two or more.
-WIDE = Wide(128, 64, (8, 5), (2, 2), 3, 160)
+WIDE = Wide(128, 64, (4, 3), 232)
 _WIDER = 512
 
 
@@ -229,9 +227,13 @@ def contract_backward_by_roles(
 @gluon.jit
 def _bring_rows(
     DA, W, da, w, da_full, da_empty, w_full, first, step, count, column,
-    PARTS: gl.constexpr, SLICES: gl.constexpr,
+    PARTS: gl.constexpr, SLICES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """Copies the chunk of W2 once, then of each tile PARTS slices of da, BK columns each."""
+    """Copies the chunk of W2 once, then of each tile PARTS slices of da, BK columns each, to the places of its group.
+
+    A barrier tells its last phase from the next alone. So no group may wait at one that another has passed since: a
+    place serves one group.
+    """
     BM: gl.constexpr = DA.block_shape[0]
     BK: gl.constexpr = DA.block_shape[1]
     BN: gl.constexpr = W.block_shape[1]
@@ -240,21 +242,21 @@ def _bring_rows(
         tma.async_copy_global_to_shared(W, [part * BK, column], w_full.index(0), w.index(part))
     for i in range(count):
         for part in gl.static_range(PARTS):
-            slice = i * PARTS + part
-            at = slice % SLICES
+            slice = i // GROUPS * PARTS + part  # of the group's
+            at = i % GROUPS * SLICES + slice % SLICES
             mbarrier.wait(da_empty.index(at), (slice // SLICES & 1) ^ 1)
             mbarrier.expect(da_full.index(at), BM * BK * 2)
             tma.async_copy_global_to_shared(DA, [(first + i * step) * BM, part * BK], da_full.index(at), da.index(at))
 
 
 @gluon.jit
-def _bring_hidden(U, u, u_full, u_empty, first, step, count, column, TILES: gl.constexpr):
-    """Copies u of each tile, as two halves of its columns."""
+def _bring_hidden(U, u, u_full, u_empty, first, step, count, column, GROUPS: gl.constexpr):
+    """Copies u of each tile, as two halves of its columns, to the place of its group."""
     BM: gl.constexpr = U.block_shape[0]
     HALF: gl.constexpr = U.block_shape[1]
     for i in range(count):
-        at = i % TILES
-        mbarrier.wait(u_empty.index(at), (i // TILES & 1) ^ 1)
+        at = i % GROUPS
+        mbarrier.wait(u_empty.index(at), (i // GROUPS & 1) ^ 1)
         mbarrier.expect(u_full.index(at), 2 * BM * HALF * 2)
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
@@ -288,7 +290,7 @@ def _gradient_of_half(d_y, sums, DU, Y, u, y, row, column, KIND: gl.constexpr, A
 def _wide_gradients(
     WHICH: gl.constexpr, DU, Y, SUMS, da, w, u, y, da_full, da_empty, u_full, u_empty, w_full,
     first, step, count, column, F,
-    PARTS: gl.constexpr, SLICES: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr,
+    PARTS: gl.constexpr, SLICES: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr,
     AGAIN: gl.constexpr,
 ):  # fmt: skip
     """du of every GROUPS-th tile from tile WHICH on, written over u, and f(u) if AGAIN."""
@@ -302,24 +304,28 @@ def _wide_gradients(
         d_y = gl.zeros([BM, 2 * HALF], gl.float32, layout)
         # Not unrolled: the addresses of every part of W2 would be kept in registers, and spilled.
         for part in range(PARTS):
-            slice = i * PARTS + part
-            mbarrier.wait(da_full.index(slice % SLICES), slice // SLICES & 1)
-            d_y = warpgroup_mma(da.index(slice % SLICES), w.index(part), d_y, use_acc=part > 0, is_async=True)
+            slice = i // GROUPS * PARTS + part
+            at = WHICH * SLICES + slice % SLICES
+            mbarrier.wait(da_full.index(at), slice // SLICES & 1)
+            d_y = warpgroup_mma(da.index(at), w.index(part), d_y, use_acc=part > 0, is_async=True)
             d_y = warpgroup_mma_wait(1, deps=[d_y])
-            mbarrier.arrive(da_empty.index((slice + SLICES - 1) % SLICES), count=1, pred=part > 0)
+            before = WHICH * SLICES + (slice + SLICES - 1) % SLICES
+            mbarrier.arrive(da_empty.index(before), count=1, pred=part > 0)
         d_y = warpgroup_mma_wait(0, deps=[d_y])
-        mbarrier.arrive(da_empty.index((i * PARTS + PARTS - 1) % SLICES), count=1)
-        at = i % TILES
-        mbarrier.wait(u_full.index(at), i // TILES & 1)
+        last = i // GROUPS * PARTS + PARTS - 1
+        mbarrier.arrive(da_empty.index(WHICH * SLICES + last % SLICES), count=1)
+        mbarrier.wait(u_full.index(WHICH), i // GROUPS & 1)
         row = (first + i * step) * BM
         left, right = _halves(d_y)
-        sums_left = _gradient_of_half(left, sums_left, DU, Y, u.index(at * 2), y.index(WHICH), row, column, KIND, AGAIN)
+        sums_left = _gradient_of_half(
+            left, sums_left, DU, Y, u.index(WHICH * 2), y.index(WHICH), row, column, KIND, AGAIN
+        )
         sums_right = _gradient_of_half(
-            right, sums_right, DU, Y, u.index(at * 2 + 1), y.index(WHICH), row, column + HALF, KIND, AGAIN
+            right, sums_right, DU, Y, u.index(WHICH * 2 + 1), y.index(WHICH), row, column + HALF, KIND, AGAIN
         )
         # Before anything else is waited for: who brings u, and so every group, may be waiting for this place.
         tma.store_wait(0)
-        mbarrier.arrive(u_empty.index(at), count=1)
+        mbarrier.arrive(u_empty.index(WHICH), count=1)
     _keep_sums(SUMS, sums_left, (first * GROUPS + WHICH) * (BM // 16), column, F)
     _keep_sums(SUMS, sums_right, (first * GROUPS + WHICH) * (BM // 16), column + HALF, F)
 
@@ -327,34 +333,34 @@ def _wide_gradients(
 @gluon.jit
 def hidden_gradient_by_roles(
     DA, W, U, DU, Y, SUMS, T, F, across,
-    PARTS: gl.constexpr, SLICES: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr,
+    PARTS: gl.constexpr, SLICES: gl.constexpr, GROUPS: gl.constexpr, KIND: gl.constexpr,
     AGAIN: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """DA (T, C), W (C, F), U, DU and Y (T, F) by descriptor, zero beyond their ends. Programs: shares times `across`.
 
     Every wait ends, for it is for an earlier tile: products of a tile wait for those of the tile before, which empty
-    slices of da, and for all that its group did before; its du for its products, and for u, whose place the du of TILES
+    slices of da, and for all that its group did before; its du for its products, and for u, whose place its group's du
     before left. So da and u have a warp each: neither waits for the other's places.
     """
     BM: gl.constexpr = DA.block_shape[0]
     BK: gl.constexpr = DA.block_shape[1]
     BN: gl.constexpr = W.block_shape[1]
     HALF: gl.constexpr = U.block_shape[1]
-    da = gl.allocate_shared_memory(DA.dtype, [SLICES, BM, BK], DA.layout)
+    da = gl.allocate_shared_memory(DA.dtype, [GROUPS * SLICES, BM, BK], DA.layout)
     w = gl.allocate_shared_memory(DA.dtype, [PARTS, BK, BN], W.layout)
-    u = gl.allocate_shared_memory(DA.dtype, [TILES * 2, BM, HALF], U.layout)
+    u = gl.allocate_shared_memory(DA.dtype, [GROUPS * 2, BM, HALF], U.layout)
     y = u
     if AGAIN:
         y = gl.allocate_shared_memory(DA.dtype, [GROUPS, BM, HALF], U.layout)
-    da_full = gl.allocate_shared_memory(gl.int64, [SLICES, 1], mbarrier.MBarrierLayout())
-    da_empty = gl.allocate_shared_memory(gl.int64, [SLICES, 1], mbarrier.MBarrierLayout())
-    u_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    u_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    da_full = gl.allocate_shared_memory(gl.int64, [GROUPS * SLICES, 1], mbarrier.MBarrierLayout())
+    da_empty = gl.allocate_shared_memory(gl.int64, [GROUPS * SLICES, 1], mbarrier.MBarrierLayout())
+    u_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    u_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     w_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLICES):
+    for i in gl.static_range(GROUPS * SLICES):
         mbarrier.init(da_full.index(i), count=1)
         mbarrier.init(da_empty.index(i), count=1)
-    for i in gl.static_range(TILES):
+    for i in gl.static_range(GROUPS):
         mbarrier.init(u_full.index(i), count=1)
         mbarrier.init(u_empty.index(i), count=1)
     mbarrier.init(w_full.index(0), count=1)
@@ -363,32 +369,18 @@ def hidden_gradient_by_roles(
     column = gl.program_id(0) % across * BN
     step = gl.num_programs(0) // across
     count = ((T + BM - 1) // BM - first + step - 1) // step  # of tiles: first, first + step, ...
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_wide_gradients, (0, DU, Y, SUMS, da, w, u, y, da_full, da_empty, u_full, u_empty, w_full,
-                                   first, step, count, column, F, PARTS, SLICES, TILES, GROUPS, KIND, AGAIN)),
-                (_wide_gradients, (1, DU, Y, SUMS, da, w, u, y, da_full, da_empty, u_full, u_empty, w_full,
-                                   first, step, count, column, F, PARTS, SLICES, TILES, GROUPS, KIND, AGAIN)),
-                (_bring_rows, (DA, W, da, w, da_full, da_empty, w_full, first, step, count, column, PARTS, SLICES)),
-                (_bring_hidden, (U, u, u_full, u_empty, first, step, count, column, TILES)),
-            ],
-            [4, 1, 1], [REGISTERS, 24, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_wide_gradients, (0, DU, Y, SUMS, da, w, u, y, da_full, da_empty, u_full, u_empty, w_full,
-                                   first, step, count, column, F, PARTS, SLICES, TILES, GROUPS, KIND, AGAIN)),
-                (_wide_gradients, (1, DU, Y, SUMS, da, w, u, y, da_full, da_empty, u_full, u_empty, w_full,
-                                   first, step, count, column, F, PARTS, SLICES, TILES, GROUPS, KIND, AGAIN)),
-                (_wide_gradients, (2, DU, Y, SUMS, da, w, u, y, da_full, da_empty, u_full, u_empty, w_full,
-                                   first, step, count, column, F, PARTS, SLICES, TILES, GROUPS, KIND, AGAIN)),
-                (_bring_rows, (DA, W, da, w, da_full, da_empty, w_full, first, step, count, column, PARTS, SLICES)),
-                (_bring_hidden, (U, u, u_full, u_empty, first, step, count, column, TILES)),
-            ],
-            [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_wide_gradients, (0, DU, Y, SUMS, da, w, u, y, da_full, da_empty, u_full, u_empty, w_full,
+                               first, step, count, column, F, PARTS, SLICES, GROUPS, KIND, AGAIN)),
+            (_wide_gradients, (1, DU, Y, SUMS, da, w, u, y, da_full, da_empty, u_full, u_empty, w_full,
+                               first, step, count, column, F, PARTS, SLICES, GROUPS, KIND, AGAIN)),
+            (_bring_rows, (DA, W, da, w, da_full, da_empty, w_full,
+                           first, step, count, column, PARTS, SLICES, GROUPS)),
+            (_bring_hidden, (U, u, u_full, u_empty, first, step, count, column, GROUPS)),
+        ],
+        [4, 1, 1], [REGISTERS, 24, 24],
+    )  # fmt: skip
 
 
 @cache
@@ -446,12 +438,12 @@ def hidden_gradient(
     shares = max(1, min(_multiprocessors(d_a.device) // across, triton.cdiv(T, BM)))
     d_u = torch.empty_like(u)
     y = torch.empty_like(u) if again else None
-    sums = torch.empty(shares * wide.groups * BM // 16, F, dtype=torch.float32, device=u.device)
+    sums = torch.empty(shares * _GROUPS * BM // 16, F, dtype=torch.float32, device=u.device)
     half = wide.columns // 2
     hidden_gradient_by_roles[(shares * across,)](
         _block(d_a, BM, wide.depth), _block(weight, wide.depth, wide.columns), _block(u, BM, half),
         _block(d_u, BM, half), _block(d_u if y is None else y, BM, half), sums, T, F, across,
-        PARTS=triton.cdiv(C, wide.depth), SLICES=wide.slices[again], TILES=wide.tiles[again], GROUPS=wide.groups,
+        PARTS=triton.cdiv(C, wide.depth), SLICES=wide.slices[again], GROUPS=_GROUPS,
         KIND=kind, AGAIN=again, REGISTERS=wide.registers, num_warps=4,
     )  # fmt: skip
     return d_u, y, total(sums)
