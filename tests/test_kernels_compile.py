@@ -24,7 +24,8 @@ TYPES = {
 }  # fmt: skip
 KERNELS = (
     "attention_forward", "attention_delta", "chain_backward", "compact_backward",
-    "window_forward", "window_backward", "column_forward", "column_backward", "window_backward_by_roles",
+    "window_forward", "window_backward", "column_forward", "column_backward",
+    "window_forward_by_roles", "window_backward_by_roles",
 )  # fmt: skip
 
 
@@ -130,7 +131,11 @@ def test_windows_without_roles_compile_with_the_copy_engine_too(monkeypatch, cas
             names.add(kernel.__name__)
             if not roles:
                 assert compiled(kernel, args, named, 90).metadata.shared <= SHARED_KIB[90] * 1024
-    assert names >= {"window_backward_by_roles", "window_backward" if "ImageNet" in case else "chain_backward"}
+    assert names >= {
+        "window_forward_by_roles",
+        "window_backward_by_roles",
+        "window_backward" if "ImageNet" in case else "chain_backward",
+    }
 
 
 def test_what_triton_compiled_is_launched_again_with_all_arguments_in_place():

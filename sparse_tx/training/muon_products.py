@@ -41,9 +41,9 @@ class Chosen(NamedTuple):
     update: Tiles
 
 
-# Two programs of 128 x 128 share a multiprocessor: 96 KiB and at most 128 registers a thread each. Best of 9 to 14 on an
-# H100 but for small matrices (by 1 us). 16 of 2,048 x 512, us: 26, 15 and 45; by torch 26, 17 to 53 and 73. A whole step
-# of 16 layers 512 wide: 1,670 us for 2,260.
+# Two programs of 128 x 128 share a multiprocessor: 96 KiB and at most 128 registers a thread each. Best of 9 to 14 on
+# an H100 but for small matrices (by 1 us). 16 of 2,048 x 512, us: x x' 26, the last product 45; by torch 26 and 73. All
+# of a step's iterations for 16 layers 512 wide: 1,670 us for 2,260.
 LARGE = Chosen(*[Tiles(128, 128, 64, 8, 3)] * 3)
 SMALL = Chosen(*[Tiles(128, 128, 32, 8, 3)] * 3)
 ODD = Chosen(*[Tiles(64, 64, 32, 4, 2)] * 3)  # rows of no whole 16 bytes come element by element

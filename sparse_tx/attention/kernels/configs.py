@@ -32,6 +32,14 @@ class Roles(NamedTuple):
     registers: int  # of a thread that makes weights
 
 
+class ForwardRoles(NamedTuple):
+    """The same of the forward pass."""
+
+    keys: int  # tiles
+    groups: int  # of four warps, that take turns in tiles of queries
+    registers: int  # of a thread of theirs
+
+
 # (kernel, part, Dqk, Dv, bytes of an element) -> Config. Kernels: "forward", "backward" (chain_backward), "keys"
 # (compact_backward). Parts: "window", "full" (all keys, or a window of 512 and more), "fixed" (a block with summary or
 # global keys), "summary" (such keys alone or beside a window), "column" and "block", followed by the least of 32, 64
@@ -99,6 +107,17 @@ def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
         if (queries + 2) * tile + pairs * pair + 2 * ROLES_TILE * (2 * Dqk + 2 * Dv) + 256 * queries <= _SHARED:
             return Roles(queries, 2, pairs, registers)
     return None
+
+
+def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
+    """As `roles`."""
+    back = -(-R // ROLES_TILE)
+    if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 32 or max(Dqk, Dv) > 128:
+        return None
+    groups = min(3, back + 1)
+    tile = 2 * ROLES_TILE * (Dqk + Dv)
+    fits = (back + 1 + groups + groups) * tile <= _SHARED
+    return ForwardRoles(back + groups, groups, 160 if groups == 3 else 232) if fits else None
 
 
 def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:

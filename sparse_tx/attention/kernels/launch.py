@@ -18,9 +18,11 @@ from sparse_tx.attention.kernels.configs import (
     MOST_TILES,
     ROLES_TILE,
     Config,
+    ForwardRoles,
     Roles,
     Walk,
     config,
+    forward_roles,
     power_of_two,
     roles,
     walk,
@@ -37,6 +39,7 @@ from sparse_tx.attention.kernels.forward import attention_forward
 from sparse_tx.attention.kernels.handles import Launch, Layout, Operand, layouts, operands
 from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Chain, Run, runs_of
 from sparse_tx.attention.kernels.roles import window_backward_by_roles
+from sparse_tx.attention.kernels.roles_forward import window_forward_by_roles
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
 _LOG2E = 1.4426950408889634
@@ -124,13 +127,14 @@ def _has_roles(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _roles(chain: Chain, *tensors: Operand) -> Roles | None:
-    """As `_walk`, of the backward pass of a window by warps with roles."""
+def _roles(chain: Chain, *tensors: Operand) -> tuple[ForwardRoles | None, Roles | None]:
+    """As `_walk`, of a window's forward and backward pass by warps with roles."""
     q, v = tensors[:2]
     plain = chain.part == "window" and chain.tokens == 0
     if not plain or not _has_roles(q.device) or not can_copy(chain, *tensors):
-        return None
-    return roles(chain.R, q.shape[-1], v.shape[-1])
+        return None, None
+    widths = q.shape[-1], v.shape[-1]
+    return forward_roles(chain.R, *widths), roles(chain.R, *widths)
 
 
 def _chunks(tiles: int, rest: int, halo: int, device: torch.device) -> tuple[int, int]:
@@ -217,7 +221,11 @@ def plan_forward(
     Dv = v.shape[-1]
     launches = []
     for run in _runs(numbers):
+        compact = bool(run.summary or run.tokens)
         for turn, chain in enumerate(_passes(run, S)):
+            if not compact and (by_roles := _roles(chain, q, v, k, out)[0]) is not None:
+                launches.append(_forward_by_roles(chain, run, by_roles, turn > 0, q, k, v, out, lse, scale))
+                continue
             if (walked := _walk("forward", chain, q, v, k, out)) is not None:
                 launches.append(_walk_forward(chain, run, walked, turn > 0, q, k, v, out, lse, scale))
                 continue
@@ -267,6 +275,22 @@ def _walk_forward(
     return Launch(
         window_forward, programs, *arguments, chunks, length, scale * _LOG2E,
         R=chain.R, MERGE=merge, **constants, **options,
+    )  # fmt: skip
+
+
+def _forward_by_roles(
+    chain: Chain, run: Run, chosen: ForwardRoles, merge: bool,
+    q: Operand, k: Operand, v: Operand, out: Operand, lse: Operand, scale: float,
+) -> Launch:  # fmt: skip
+    B, S, H, _ = q.shape
+    described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, out)]
+    # What a program costs beyond its tiles: half of the keys before them, and some two to begin and to end.
+    halo = -(-chain.R // ROLES_TILE) // 2 + 2
+    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, q.device)
+    return Launch(
+        window_forward_by_roles, chunks * B * run.heads,
+        *described, lse, S, H, run.head, run.heads, chunks, length, scale * _LOG2E,
+        R=chain.R, NKV=chosen.keys, GROUPS=chosen.groups, REGISTERS=chosen.registers, MERGE=merge, num_warps=4,
     )  # fmt: skip
 
 
@@ -350,7 +374,7 @@ def plan_backward(
         compact = bool(run.summary or run.tokens)
         tilings = [_tiling("backward", chain, q, v) for chain in chains]
         walks = [_walk("backward", chain, q, v, k, out, dout, dq, dk, dv) for chain in chains]
-        by_roles = [None if compact else _roles(chain, q, v, k, out, dout, dq, dk, dv) for chain in chains]
+        by_roles = [None if compact else _roles(chain, q, v, k, out, dout, dq, dk, dv)[1] for chain in chains]
         # Where the first pass sees each query once, it makes delta on the way; a window alone makes it where needed.
         single_first = tilings[0].single or (walks[0] is not None and chains[0].strided)
         here = single_first or (chains[0].part == "window" and len(chains) == 1)

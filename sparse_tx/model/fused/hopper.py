@@ -39,9 +39,9 @@ from sparse_tx.model.fused.norm import total
 
 BM, BN, BK = 64, 64, 128
 # Tiles of da, of u and of f(u) that lie in shared memory at a time, in multiples of _GROUPS (see `_bring_rows`), and
-# registers of a thread that computes. On an H100, 49,152 rows of 256 with 512 hidden units in bf16, us: 62 and 5 for the
-# shares of programs, where `products` and the library take 128. Lost: chunks of 128 hidden units, which need half of the
-# copies from the L2 cache but leave too few registers (78; by two groups that do both 86).
+# registers of a thread that computes. On an H100, 49,152 rows of 256 with 512 hidden units in bf16, us: 62 and 5 for
+# the shares of programs, where `products` and the library take 128. Lost: chunks of 128 hidden units, which need half
+# of the copies from the L2 cache but leave too few registers (78; by two groups that do both 86).
 DA_TILES, TILES = 4, 4
 REGISTERS = 152
 _GROUPS = 2  # that take turns in the gradient of u
@@ -57,7 +57,9 @@ class Wide(NamedTuple):
 
 
 # What 227 KiB hold beside the 128 of W2 that a program of a model 512 wide has, whose groups spill no register. A group
-# gives back a slice of da when the products of the next have begun: there are two or more.
+# gives back a slice of da when the products of the next have begun: there are two or more. On an H100, 49,152 rows of
+# 512 with 2,048 hidden units, us, in parentheses `products`: 274 (325), f(u) made again 384 (382); relu2 254 (296), 392
+# (354). Slices of 128 columns 291, three of 64 in place of four 320.
 WIDE = Wide(128, 64, (4, 3), 232)
 _WIDER = 512
 

@@ -1,0 +1,172 @@
+"""The forward pass of a window by warps with roles of their own, in Gluon for GPUs of compute capability 9.0.
+
+A program walks along the sequence. One warp brings tiles by the copy engine, each tile of keys once; groups of four
+warps take turns in tiles of queries, so that the products of one overlap the softmax of another.
+
+Names: i counts the program's tiles of queries, from `own` on, t its tiles of keys, from BACK tiles before; far = i - t.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparse_tx.attention.kernels.roles import LOG2E, _barriers
+from sparse_tx.attention.kernels.tiles import LN2, pair_is_masked, pair_seen
+
+
+@gluon.jit
+def _bring(
+    Q, K, V, O, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own, count,
+    BACK: gl.constexpr, NKV: gl.constexpr, GROUPS: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    BT: gl.constexpr = Q.block_shape[2]
+    for t in range(count + BACK):
+        i = t - BACK
+        if i >= 0:
+            mine = i % GROUPS
+            row = (own + i) * BT
+            mbarrier.wait(q_empty.index(mine), (i // GROUPS & 1) ^ 1)
+            mbarrier.expect(q_full.index(mine), 2 * BT * Q.block_shape[3])
+            tma.async_copy_global_to_shared(Q, [b, head, row, 0], q_full.index(mine), q.index(mine))
+            if MERGE:
+                mbarrier.wait(o_empty.index(mine), (i // GROUPS & 1) ^ 1)
+                mbarrier.expect(o_full.index(mine), 2 * BT * O.block_shape[3])
+                tma.async_copy_global_to_shared(O, [b, head, row, 0], o_full.index(mine), o.index(mine))
+        at = t % NKV
+        start = (own - BACK + t) * BT
+        mbarrier.wait(kv_empty.index(at), (t // NKV & 1) ^ 1)
+        mbarrier.expect(kv_full.index(at), 2 * BT * (K.block_shape[3] + V.block_shape[3]))
+        tma.async_copy_global_to_shared(K, [b, head, start, 0], kv_full.index(at), k.index(at))
+        tma.async_copy_global_to_shared(V, [b, head, start, 0], kv_full.index(at), v.index(at))
+
+
+@gluon.jit
+def _attend(
+    WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own, count,
+    S, scale,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr, NKV: gl.constexpr,
+    GROUPS: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """Every GROUPS-th tile of queries from tile WHICH on."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    query = gl.arange(0, BT, gl.SliceLayout(1, layout))
+    key = gl.arange(0, BT, gl.SliceLayout(0, layout))
+    zero = gl.zeros([BT, BT], gl.float32, layout)
+    if WHICH == 0:
+        # The tiles before the program's own have fewer queries here: the others count as done.
+        for early in gl.static_range(BACK):
+            mbarrier.arrive(kv_empty.index(early), count=BACK - early)
+    mine = q.index(WHICH).reshape([BT, BDQ])
+    out = o.index(WHICH).reshape([BT, BDV])
+    for i in range(WHICH, count, GROUPS):
+        row = (own + i) * BT
+        rows = row + query
+        valid = rows < S
+        mbarrier.wait(q_full.index(WHICH), i // GROUPS & 1)
+        if MERGE:
+            top = gl.load(LSE + rows, mask=valid, other=float("-inf")) * LOG2E
+            total = gl.where(top == float("-inf"), 0.0, 1.0)
+            mbarrier.wait(o_full.index(WHICH), i // GROUPS & 1)
+            acc = out.load(wide).to(gl.float32)
+        else:
+            top = gl.full([BT], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+            total = gl.zeros([BT], gl.float32, gl.SliceLayout(1, layout))
+            acc = gl.zeros([BT, BDV], gl.float32, wide)
+        # A query sees itself, in the first tile visited: from there on the maximum is finite.
+        for far in gl.static_range(BACK + 1):
+            t = i + BACK - far
+            mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
+            keys = k.index(t % NKV).reshape([BT, BDQ]).permute([1, 0])
+            s = warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            if pair_is_masked(far, BT, 0, R):
+                s = gl.where(pair_seen(query[:, None], key[None, :], far, BT, 0, R), s, float("-inf"))
+            if row < far * BT:  # there are keys before the sequence begins
+                s = gl.where((key >= far * BT - row)[None, :], s, float("-inf"))
+            new = gl.maximum(top, gl.max(s, 1) * scale)
+            p = gl.exp2(s * scale - new[:, None])
+            alpha = gl.exp2(top - new)
+            total = total * alpha + gl.sum(p, 1)
+            top = new
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, wide))[:, None]
+            weights = gl.convert_layout(p.to(q.dtype), operand)
+            acc = warpgroup_mma(weights, v.index(t % NKV).reshape([BT, BDV]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(kv_empty.index(t % NKV), count=1)
+        mbarrier.arrive(q_empty.index(WHICH), count=1)
+        gl.store(LSE + rows, (top + gl.log2(total)) * LN2, mask=valid)
+        if not MERGE:
+            tma.store_wait(0)
+        out.store((acc / gl.convert_layout(total, gl.SliceLayout(1, wide))[:, None]).to(q.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(O, [b, head, row, 0], o.index(WHICH))
+        if MERGE:
+            tma.store_wait(0)
+            mbarrier.arrive(o_empty.index(WHICH), count=1)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def window_forward_by_roles(
+    Q, K, V, O, LSE, S, H, h0, heads, chunks, length, scale,
+    R: gl.constexpr, NKV: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """As `window_forward`. NKV: tiles of keys in shared memory at a time. GROUPS: at most BACK + 1, so that each sees
+    every tile of keys.
+    """
+    BT: gl.constexpr = Q.block_shape[2]
+    BDQ: gl.constexpr = Q.block_shape[3]
+    BDV: gl.constexpr = V.block_shape[3]
+    BACK: gl.constexpr = (R + BT - 1) // BT
+    q = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, BT, BDQ], Q.layout)
+    o = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, BT, BDV], O.layout)
+    k = gl.allocate_shared_memory(Q.dtype, [NKV, 1, 1, BT, BDQ], K.layout)
+    v = gl.allocate_shared_memory(Q.dtype, [NKV, 1, 1, BT, BDV], V.layout)
+    q_full, q_empty = _barriers(GROUPS), _barriers(GROUPS)
+    o_full, o_empty = _barriers(GROUPS), _barriers(GROUPS)
+    kv_full = _barriers(NKV)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [NKV, 1], mbarrier.MBarrierLayout())
+    for at in gl.static_range(NKV):
+        mbarrier.init(kv_empty.index(at), count=BACK + 1)
+    fence_async_shared()
+    pid = gl.program_id(0)
+    chunk = pid % chunks
+    head = h0 + pid // chunks % heads
+    b = pid // chunks // heads
+    LSE += (b.to(gl.int64) * H + head) * S
+    own = chunk * length
+    count = gl.minimum(length, (S + BT - 1) // BT - own)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
+                (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
+                (_bring, (Q, K, V, O, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
+                          count, BACK, NKV, GROUPS, MERGE)),
+            ],
+            [4, 1], [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
+                (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
+                (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
+                (_bring, (Q, K, V, O, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
+                          count, BACK, NKV, GROUPS, MERGE)),
+            ],
+            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip
