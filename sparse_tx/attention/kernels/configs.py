@@ -98,13 +98,13 @@ def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
     back = -(-R // ROLES_TILE)
     # A thread of four warps has half a register for each column of a tile's accumulator: dk, dv and back + 1 times dq.
     accumulators = (Dqk * (back + 2) + Dv) // 2
-    registers = min(152, (512 - 24 - accumulators - 40) // 2 // 8 * 8)
+    registers = min(128, (512 - 24 - accumulators - 40) // 2 // 8 * 8)
     if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 32 or registers < 112:
         return None
     tile, pair = 2 * ROLES_TILE * (Dqk + Dv), 4 * ROLES_TILE**2
     for queries, pairs in ((back + 2, 3), (back + 2, 2), (back + 1, 2)):
-        # With one tile each of gradients on their way out, and of outputs.
-        if (queries + 2) * tile + pairs * pair + 2 * ROLES_TILE * (2 * Dqk + 2 * Dv) + 256 * queries <= _SHARED:
+        # With one tile each of gradients on their way out.
+        if (queries + 2) * tile + pairs * pair + 2 * ROLES_TILE * (2 * Dqk + Dv) <= _SHARED:
             return Roles(queries, 2, pairs, registers)
     return None
 

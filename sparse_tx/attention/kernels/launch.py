@@ -322,20 +322,21 @@ def _walk_backward(
 
 
 def _backward_by_roles(
-    chain: Chain, run: Run, chosen: Roles, add: bool, delta_here: bool, has_dlse: bool,
-    tensors: list[Operand], scale: float,
-) -> Launch:  # fmt: skip
+    chain: Chain, run: Run, chosen: Roles, add: bool, tensors: list[Operand], scale: float
+) -> Launch:
     """tensors: as of `_walk_backward`."""
-    B, S, H, _ = tensors[0].shape
-    described = [t if len(t.shape) == 3 else descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in tensors]
+    q, k, v, _, lse, dout, _, delta, *gradients = tensors
+    B, S, H, _ = q.shape
+    by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
     # What a walk costs beyond its tiles: those it begins with, and some two to begin and to end.
     halo = -(-chain.R // ROLES_TILE) + 2
-    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, tensors[0].device)
+    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, lse.device)
     return Launch(
         window_backward_by_roles, chunks * B * run.heads,
-        *described, S, H, run.head, run.heads, chunks, length, scale * _LOG2E, scale,
-        R=chain.R, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers,
-        ADD=add, DELTA_HERE=delta_here, HAS_DLSE=has_dlse, num_warps=4,
+        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:],
+        S, H, run.head, run.heads, chunks, length, scale * _LOG2E, scale,
+        R=chain.R, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, ADD=add,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -377,7 +378,8 @@ def plan_backward(
         by_roles = [None if compact else _roles(chain, q, v, k, out, dout, dq, dk, dv)[1] for chain in chains]
         # Where the first pass sees each query once, it makes delta on the way; a window alone makes it where needed.
         single_first = tilings[0].single or (walks[0] is not None and chains[0].strided)
-        here = single_first or (chains[0].part == "window" and len(chains) == 1)
+        alone = chains[0].part == "window" and len(chains) == 1 and by_roles[0] is None
+        here = single_first or alone
         if not here:
             rows = 64
             launch = Launch(
@@ -388,8 +390,7 @@ def plan_backward(
             launches.append(launch)
         for turn, (chain, (chosen, tiles, per, advance, single)) in enumerate(zip(chains, tilings, strict=True)):
             if (by_role := by_roles[turn]) is not None:
-                made = here and turn == 0
-                launches.append(_backward_by_roles(chain, run, by_role, turn > 0, made, has_dlse, tensors, scale))
+                launches.append(_backward_by_roles(chain, run, by_role, turn > 0, tensors, scale))
                 continue
             if (walked := walks[turn]) is not None:
                 store_delta = len(chains) > 1 or compact

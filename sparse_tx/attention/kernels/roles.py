@@ -23,9 +23,9 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def _bring(
-    Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at,
-    q_full, q_empty, kv_full, kv_empty, o_full, o_empty, old_full, old_empty, b, head, begin, own, count, S,
-    BACK: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr,
+    Q, K, V, G, DQ, DK, DV, q, k, v, g, dq_at, dk_at, dv_at,
+    q_full, q_empty, kv_full, kv_empty, old_full, old_empty, b, head, begin, own, count, S,
+    BACK: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[2]
     BYTES: gl.constexpr = 2 * BT * (Q.block_shape[3] + V.block_shape[3])
@@ -44,10 +44,6 @@ def _bring(
         mbarrier.expect(q_full.index(here), BYTES)
         tma.async_copy_global_to_shared(Q, [b, head, first, 0], q_full.index(here), q.index(here))
         tma.async_copy_global_to_shared(G, [b, head, first, 0], q_full.index(here), g.index(here))
-        if DELTA_HERE:
-            mbarrier.wait(o_empty.index(0), (i & 1) ^ 1)
-            mbarrier.expect(o_full.index(0), 2 * BT * V.block_shape[3])
-            tma.async_copy_global_to_shared(O, [b, head, first, 0], o_full.index(0), o.index(0))
         if ADD:  # to the gradients of the tile before: they are wanted last
             before = t - 1
             if before >= 0:
@@ -68,46 +64,18 @@ def _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, be
 
 
 @gluon.jit
-def _delta(o, g, DLSE, rows, S, HAS_DLSE: gl.constexpr):
-    """sum(out * dout) - dlse of a tile's queries. o, g: (BT, D) in shared memory."""
-    BT: gl.constexpr = o.shape[0]
-    D: gl.constexpr = o.shape[1]
-    W: gl.constexpr = 64 if D > 64 else D
-    PARTS: gl.constexpr = D // W
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
-    product = gl.zeros([BT, W], gl.float32, layout)
-    for part in gl.static_range(PARTS):
-        left = o.slice(part * W, W, 1).load(layout).to(gl.float32)
-        product += left * g.slice(part * W, W, 1).load(layout).to(gl.float32)
-    delta = gl.convert_layout(gl.sum(product, 1), rows.type.layout)
-    if HAS_DLSE:
-        delta -= gl.load(DLSE + rows, mask=rows < S, other=0.0)
-    return delta
-
-
-@gluon.jit
 def _weights(
-    WHICH: gl.constexpr, LSE, DLSE, DELTA, q, k, v, o, g, weights, scores, deltas,
-    q_full, kv_full, o_full, o_empty, delta_full, pair_full, pair_empty, begin, count, S, scale,
+    WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
+    q_full, kv_full, pair_full, pair_empty, begin, count, S, scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
-    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, DELTA_HERE: gl.constexpr, HAS_DLSE: gl.constexpr,
+    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
-    """Weights and gradients of scores, (queries, keys), of every second pair. Delta of a tile by whom sees it first."""
+    """Weights and gradients of scores, (queries, keys), of every second pair."""
     PAIRS: gl.constexpr = BACK + 1
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
-    if DELTA_HERE and WHICH == 0:
-        for early in gl.static_range(BACK):
-            mbarrier.wait(q_full.index(early), 0)
-            mbarrier.wait(o_full.index(0), early & 1)
-            of_early = (begin + early) * BT + query
-            grads_early = g.index(early).reshape([BT, BDV])
-            delta_early = _delta(o.index(0).reshape([BT, BDV]), grads_early, DLSE, of_early, S, HAS_DLSE)
-            mbarrier.arrive(o_empty.index(0), count=1)
-            deltas.index(early).store(delta_early)
-            mbarrier.arrive(delta_full.index(early), count=1)
     for n in range(WHICH, count * PAIRS, 2):
         t = n // PAIRS
         far = n % PAIRS
@@ -115,25 +83,12 @@ def _weights(
         at = i % NQ
         rows = (begin + i) * BT + query
         lse = gl.load(LSE + rows, mask=rows < S, other=0.0) * LOG2E
+        delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
         mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
         mbarrier.wait(q_full.index(at), i // NQ & 1)
         grads = g.index(at).reshape([BT, BDV])
         keys = k.index(t % NKV).reshape([BT, BDQ])
         values = v.index(t % NKV).reshape([BT, BDV])
-        if DELTA_HERE:
-            if far == BACK:
-                # The other group may have the output before this one: a barrier tells its last phase from the next
-                # alone, so none may wait for more than the next.
-                mbarrier.wait(delta_full.index((i - 1) % NQ), (i - 1) // NQ & 1)
-                mbarrier.wait(o_full.index(0), i & 1)
-                first = _delta(o.index(0).reshape([BT, BDV]), grads, DLSE, rows, S, HAS_DLSE)
-                mbarrier.arrive(o_empty.index(0), count=1)
-                deltas.index(at).store(first)
-                mbarrier.arrive(delta_full.index(at), count=1)
-            mbarrier.wait(delta_full.index(at), i // NQ & 1)
-            delta = deltas.index(at).load(gl.SliceLayout(1, layout))
-        else:
-            delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
         s = warpgroup_mma(q.index(at).reshape([BT, BDQ]), keys.permute([1, 0]), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma(grads, values.permute([1, 0]), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -238,11 +193,11 @@ def _barriers(N: gl.constexpr):
 
 @gluon.jit
 def window_backward_by_roles(
-    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale,
+    Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale,
     R: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, REGISTERS: gl.constexpr,
-    ADD: gl.constexpr, DELTA_HERE: gl.constexpr, HAS_DLSE: gl.constexpr,
+    ADD: gl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of `length` tiles, as `window_backward`; LSE, DLSE and DELTA are pointers.
+    """dq, dk, dv of `length` tiles, as `window_backward`; LSE and DELTA are pointers.
 
     NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory at a time. REGISTERS: of a thread that makes
     weights; the group that makes gradients has the rest.
@@ -262,14 +217,9 @@ def window_backward_by_roles(
     dq_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDQ], DQ.layout)
     dk_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDQ], DK.layout)
     dv_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDV], DV.layout)
-    o, deltas = g, weights  # unread
-    if DELTA_HERE:
-        o = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDV], O.layout)
-        deltas = gl.allocate_shared_memory(gl.float32, [NQ, BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full, q_empty = _barriers(NQ), _barriers(NQ)
     kv_full, kv_empty = _barriers(NKV), _barriers(NKV)
     pair_full, pair_empty = _barriers(NP), _barriers(NP)
-    o_full, o_empty, delta_full = _barriers(1), _barriers(1), _barriers(NQ)
     old_full, old_empty = _barriers(1), _barriers(1)
     fence_async_shared()
     pid = gl.program_id(0)
@@ -278,7 +228,6 @@ def window_backward_by_roles(
     b = pid // chunks // heads
     numbers = (b.to(gl.int64) * H + head) * S
     LSE += numbers
-    DLSE += numbers
     DELTA += numbers
     own = chunk * length
     begin = gl.maximum(own - BACK, 0)
@@ -288,15 +237,12 @@ def window_backward_by_roles(
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
                           pair_full, pair_empty, old_full, old_empty, b, head, begin, own, count, S, softmax_scale,
                           BT, BDQ, BDV, BACK, NQ, NKV, NP, ADD)),
-            (_weights, (0, LSE, DLSE, DELTA, q, k, v, o, g, weights, scores, deltas, q_full, kv_full, o_full, o_empty,
-                        delta_full, pair_full, pair_empty, begin, count, S, scale,
-                        BT, BDQ, BDV, R, BACK, NQ, NKV, NP, DELTA_HERE, HAS_DLSE)),
-            (_weights, (1, LSE, DLSE, DELTA, q, k, v, o, g, weights, scores, deltas, q_full, kv_full, o_full, o_empty,
-                        delta_full, pair_full, pair_empty, begin, count, S, scale,
-                        BT, BDQ, BDV, R, BACK, NQ, NKV, NP, DELTA_HERE, HAS_DLSE)),
-            (_bring, (Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                      o_full, o_empty, old_full, old_empty, b, head, begin, own, count, S,
-                      BACK, NQ, NKV, ADD, DELTA_HERE)),
+            (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
+                        begin, count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
+            (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
+                        begin, count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
+            (_bring, (Q, K, V, G, DQ, DK, DV, q, k, v, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
+                      old_full, old_empty, b, head, begin, own, count, S, BACK, NQ, NKV, ADD)),
         ],
         [4, 4, 1], [REGISTERS, REGISTERS, 24],
     )  # fmt: skip
