@@ -131,11 +131,10 @@ def test_windows_without_roles_compile_with_the_copy_engine_too(monkeypatch, cas
             names.add(kernel.__name__)
             if not roles:
                 assert compiled(kernel, args, named, 90).metadata.shared <= SHARED_KIB[90] * 1024
-    assert names >= {
-        "window_forward_by_roles",
-        "window_backward_by_roles",
-        "window_backward" if "ImageNet" in case else "chain_backward",
-    }
+    narrow = "ImageNet" in case  # heads, that walk where there are no roles, and always forwards
+    assert "window_backward_by_roles" in names
+    assert ("window_forward_by_roles" in names) != narrow
+    assert ("window_backward" if narrow else "chain_backward") in names
 
 
 def test_what_triton_compiled_is_launched_again_with_all_arguments_in_place():
