@@ -15,7 +15,8 @@ BYTES_PER_SECOND = {"H200": 4.27e12, "H100": 3.0e12}  # device-to-device copy, m
 FLOPS_PER_SECOND = 673e12  # bf16 matrix product, H200
 CLASSES = {  # by the first pattern that a kernel's name fits
     "attention": r"attention|flash|fmha|flex|sdpa|(window|column|chain|compact)_(for|back)ward",
-    "products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem|contract_(product|backward)",
+    "products": r"gemm|nvjet|cutlass|xmma|splitK|cublas|triton_tem|contract_(product|backward)|hidden_gradient"
+    r"|muon_(symmetric|update)",
     "optimizer, clipping, average": r"multi_tensor|adam|muon|lpnorm|foreach|^move$",
     "loss": r"log_softmax|softmax|nll|logsumexp|cross_entropy",
     "gelu": r"activation|sigmoid|gelu",
