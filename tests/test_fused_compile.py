@@ -115,7 +115,7 @@ def test_the_kernel_whose_warps_have_roles_compiles_and_fits_shared_memory(monke
     found = []
     monkeypatch.setattr(hopper, "contract_backward_by_roles", Recorder(hopper.contract_backward_by_roles, found))
     monkeypatch.setattr(hopper, "total", lambda shares: shares[0])
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda index: 132)
     d_a, weight, u = (torch.empty(*s, dtype=dtype, device="meta") for s in ((6144, C), (C, F), (6144, F)))
     for kind in ("gelu", "relu2"):
         hopper.contract_gradients(d_a, weight, u, kind)
@@ -135,7 +135,7 @@ def test_the_wide_kernel_whose_warps_have_roles_compiles_and_fits_shared_memory(
     found = []
     monkeypatch.setattr(hopper, "hidden_gradient_by_roles", Recorder(hopper.hidden_gradient_by_roles, found))
     monkeypatch.setattr(hopper, "total", lambda shares: shares[0])
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda index: 132)
     d_a, weight, u = (torch.empty(*s, dtype=dtype, device="meta") for s in ((6144, C), (C, F), (6144, F)))
     for kind in ("gelu", "relu2"):
         for again in (False, True):
@@ -188,7 +188,7 @@ def test_muons_products_compile_for_tensor_cores_and_fit_shared_memory(monkeypat
     for name in ("muon_symmetric", "muon_update"):
         monkeypatch.setattr(muon_products, name, Recorder(getattr(muon_products, name), found))
     monkeypatch.setattr(muon_products, "has_copy_engine", lambda device: capability >= 90)
-    monkeypatch.setattr(muon_products, "_large", lambda device: capability == 90)
+    monkeypatch.setattr(muon_products, "is_large", lambda device: capability == 90)
     N, R, C = shape
     S = min(R, C)
     tensors = [torch.empty(N, *s, dtype=torch.bfloat16, device="meta") for s in ((R, C), (S, S), (S, S), (R, C))]

@@ -49,8 +49,8 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2, roles=Tr
     found = []
     for name in KERNELS:
         monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), found))
-    monkeypatch.setattr(launch, "_large", lambda device: capability in (80, 90))
-    monkeypatch.setattr(launch, "_has_roles", lambda device: roles and capability == 90)
+    monkeypatch.setattr(launch, "is_large", lambda device: capability in (80, 90))
+    monkeypatch.setattr(launch, "has_roles", lambda device: roles and capability == 90)
     monkeypatch.setattr(copies, "has_copy_engine", lambda device: capability >= 90)
     launch.forget_plans()
     H = len(patterns)

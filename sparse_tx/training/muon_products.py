@@ -21,16 +21,10 @@ from torch import Tensor
 from sparse_tx.attention.kernels import (
     has_copy_engine,
     interpreted,  # noqa: F401
+    is_large,
 )
 from sparse_tx.attention.kernels.handles import Described, Launch, Operand
-
-
-class Tiles(NamedTuple):
-    rows: int
-    columns: int
-    depth: int  # of a step
-    warps: int
-    stages: int
+from sparse_tx.model.fused.products import Tiles
 
 
 class Chosen(NamedTuple):
@@ -182,7 +176,7 @@ def launches(
     S, K = min(R, C), max(R, C)
     whole = S * dtype.itemsize % 16 == 0 and C * dtype.itemsize % 16 == 0
     copied = whole and dtype.itemsize == 2 and has_copy_engine(device)
-    chosen = chosen or (LARGE if copied and _large(device) else SMALL if whole else ODD)
+    chosen = chosen or (LARGE if copied and is_large(device) else SMALL if whole else ODD)
 
     def operand(place: int, rows: int, columns: int) -> Operand:
         return Operand(place, (N, rows, columns), (rows * columns, columns, 1), dtype, True, device)
@@ -212,8 +206,3 @@ def launches(
 
 
 _planned = functools.lru_cache(64)(launches)
-
-
-def _large(device: torch.device) -> bool:
-    """Whether a program may have 160 KiB of shared memory, of those with a copy engine."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))

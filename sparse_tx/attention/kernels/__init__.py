@@ -47,6 +47,22 @@ def has_copy_engine(device: torch.device) -> bool:
     return device.type != "cuda" or _capability(_index(device)) >= (9, 0)
 
 
+def has_roles(device: torch.device) -> bool:
+    """Whether kernels run there whose tensor instructions are those of compute capability 9.0 alone."""
+    return device.type == "cuda" and torch.version.hip is None and _capability(_index(device)) == (9, 0)
+
+
+def is_large(device: torch.device) -> bool:
+    """Whether a program may have 160 KiB of shared memory."""
+    return device.type != "cuda" or _capability(_index(device)) in ((8, 0), (9, 0), (10, 0))
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    """Of a GPU by its index; a few where there is none."""
+    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def no_kernels(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why no Triton kernel runs on this device, or for tensors of this dtype; None if they do. No work on it."""
     if not _HAS_TRITON:

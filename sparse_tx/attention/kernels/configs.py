@@ -92,8 +92,8 @@ _SHARED = 226 * 1024  # bytes of a program, barriers aside
 def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
     """For a window of R keys, heads of powers of two wide, 16 bits; None if it does not fit.
 
-    On an H100, us: CIFAR-10's window 70 (106 by tiles of their own), audio's 275 (488), ImageNet64's 208 (287 as a
-    walk), 12,288 positions of 8 heads 64 wide with windows of 16, 64 and 192 keys 163, 164 and 181 (212, 223, 319).
+    On an H100, us, delta included: CIFAR-10's window 81 (108 by tiles of their own), audio's 299 (477), ImageNet64's
+    236 (288 as a walk), 12,288 positions of 8 heads 64 wide with windows of 16 and 32 keys 177 and 180 (212, 214).
     """
     back = -(-R // ROLES_TILE)
     # A thread of four warps has half a register for each column of a tile's accumulator: dk, dv and back + 1 times dq.

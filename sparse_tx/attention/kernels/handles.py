@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sparse_tx.attention.kernels.shared_memory import block_descriptor
 
 
 class Operand(NamedTuple):
@@ -116,9 +116,6 @@ def _filled(argument: object, tensors: Sequence[Tensor]) -> object:
         return tensors[argument.place]
     if isinstance(argument, Described):
         tensor = tensors[argument.operand.place]
-        if argument.gluon:
-            dtype = getattr(gl, str(tensor.dtype).removeprefix("torch."))
-            layout = gl.NVMMASharedLayout.get_default_for(argument.block, dtype)
-            return hopper.TensorDescriptor(tensor, argument.shape, argument.strides, argument.block, layout)
-        return TensorDescriptor(tensor, argument.shape, argument.strides, argument.block)
+        make = block_descriptor if argument.gluon else TensorDescriptor
+        return make(tensor, argument.shape, argument.strides, argument.block)
     return argument

@@ -10,7 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from sparse_tx.attention.kernels import interpreted  # noqa: F401
+from sparse_tx.attention.kernels import (
+    has_roles,
+    interpreted,  # noqa: F401
+    is_large,
+    multiprocessors,
+)
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
 from sparse_tx.attention.kernels.column import column_backward, column_forward
 from sparse_tx.attention.kernels.configs import (
@@ -63,11 +68,6 @@ def _rows(run: Run, S: int) -> Chain:
     return Chain(part, N, min(R, S), 0, 1, run.tokens, (0, 0), run.local != NO_LOCAL, False, run.local == BLOCK)
 
 
-def _large(device: torch.device) -> bool:
-    """Whether a program may have 160 KiB of shared memory."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0))
-
-
 class Tiling(NamedTuple):
     """A configuration; tiles in all, of a column (`per`), entries from one to the next, and whether each holds whole
     groups or a whole column.
@@ -90,7 +90,7 @@ def _part(chain: Chain) -> str:
 
 
 def _tiling(kernel: str, chain: Chain, q: Operand, v: Operand) -> Tiling:
-    chosen = config(kernel, _part(chain), q.shape[-1], v.shape[-1], q.dtype.itemsize, _large(q.device))
+    chosen = config(kernel, _part(chain), q.shape[-1], v.shape[-1], q.dtype.itemsize, is_large(q.device))
     S = q.shape[1]
     if chain.strided:
         chosen = chosen._replace(rows=min(chosen.rows, power_of_two(chain.N)))
@@ -122,26 +122,16 @@ def _walk(kernel: str, chain: Chain, *tensors: Operand) -> Walk | None:
     return chosen if can_copy(chain, *tensors) else None
 
 
-def _has_roles(device: torch.device) -> bool:
-    """Whether kernels run there whose tensor instructions are those of compute capability 9.0 alone."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def _roles(chain: Chain, *tensors: Operand) -> tuple[ForwardRoles | None, Roles | None]:
-    """As `_walk`, of a window's forward and backward pass by warps with roles."""
-    q, v = tensors[:2]
-    plain = chain.part == "window" and chain.tokens == 0
-    if not plain or not _has_roles(q.device) or not can_copy(chain, *tensors):
-        return None, None
-    widths = q.shape[-1], v.shape[-1]
-    return forward_roles(chain.R, *widths), roles(chain.R, *widths)
+def _takes_roles(chain: Chain, *tensors: Operand) -> bool:
+    """Whether these of a pass suit warps with roles: a window alone or beside a column. tensors: as of `_walk`."""
+    return chain.part == "window" and has_roles(tensors[0].device) and can_copy(chain, *tensors)
 
 
 def _chunks(tiles: int, rest: int, halo: int, device: torch.device) -> tuple[int, int]:
     """As `_spread`, where a multiprocessor has one program at a time: the fewest tiles one after the other, of which
     each chunk has `halo` more than its own.
     """
-    most = _multiprocessors(device.index)
+    most = multiprocessors(device.index)
 
     def cost(chunks: int) -> int:
         return -(-chunks * rest // most) * (-(-tiles // chunks) + halo)
@@ -152,13 +142,8 @@ def _chunks(tiles: int, rest: int, halo: int, device: torch.device) -> tuple[int
 
 def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
     """Tiles a program walks along, and programs along them; `rest` other programs run beside each."""
-    length = max(1, -(-tiles * rest // (chosen.programs * _multiprocessors(device.index))))
+    length = max(1, -(-tiles * rest // (chosen.programs * multiprocessors(device.index))))
     return length, -(-tiles // length)
-
-
-@functools.cache
-def _multiprocessors(index: int | None) -> int:
-    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _by_slot(run: Run) -> list[Run]:
@@ -221,9 +206,9 @@ def plan_forward(
     Dv = v.shape[-1]
     launches = []
     for run in _runs(numbers):
-        compact = bool(run.summary or run.tokens)
         for turn, chain in enumerate(_passes(run, S)):
-            if not compact and (by_roles := _roles(chain, q, v, k, out)[0]) is not None:
+            by_roles = forward_roles(chain.R, Dqk, Dv) if _takes_roles(chain, q, k, v, out) else None
+            if by_roles is not None:
                 launches.append(_forward_by_roles(chain, run, by_roles, turn > 0, q, k, v, out, lse, scale))
                 continue
             if (walked := _walk("forward", chain, q, v, k, out)) is not None:
@@ -367,7 +352,7 @@ def plan_backward(
     q, k, v, out, lse, dout, dlse, delta, dq, dk, dv = tensors = operands(known, device)
     B, S, H, Dqk = q.shape
     Dv = v.shape[-1]
-    widths = Dqk, Dv, q.dtype.itemsize, _large(device)
+    widths = Dqk, Dv, q.dtype.itemsize, is_large(device)
     constants = {"DQ": Dqk, "DV": Dv, "BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv)}
     launches = []
     for run in _runs(numbers):
@@ -375,7 +360,9 @@ def plan_backward(
         compact = bool(run.summary or run.tokens)
         tilings = [_tiling("backward", chain, q, v) for chain in chains]
         walks = [_walk("backward", chain, q, v, k, out, dout, dq, dk, dv) for chain in chains]
-        by_roles = [None if compact else _roles(chain, q, v, k, out, dout, dq, dk, dv)[1] for chain in chains]
+        by_roles = [
+            roles(chain.R, Dqk, Dv) if _takes_roles(chain, q, k, v, out, dout, dq, dk, dv) else None for chain in chains
+        ]
         # Where the first pass sees each query once, it makes delta on the way; a window alone makes it where needed.
         single_first = tilings[0].single or (walks[0] is not None and chains[0].strided)
         alone = chains[0].part == "window" and len(chains) == 1 and by_roles[0] is None

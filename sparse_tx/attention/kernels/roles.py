@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-LOG2E = gl.constexpr(1.4426950408889634)
+from sparse_tx.attention.kernels.shared_memory import barriers
+from sparse_tx.attention.kernels.tiles import LOG2E
 
 
 @gluon.jit
@@ -184,14 +185,6 @@ def _gradients(
 
 
 @gluon.jit
-def _barriers(N: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(N):
-        mbarrier.init(bars.index(i), count=1)
-    return bars
-
-
-@gluon.jit
 def window_backward_by_roles(
     Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale,
     R: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, REGISTERS: gl.constexpr,
@@ -217,10 +210,10 @@ def window_backward_by_roles(
     dq_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDQ], DQ.layout)
     dk_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDQ], DK.layout)
     dv_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDV], DV.layout)
-    q_full, q_empty = _barriers(NQ), _barriers(NQ)
-    kv_full, kv_empty = _barriers(NKV), _barriers(NKV)
-    pair_full, pair_empty = _barriers(NP), _barriers(NP)
-    old_full, old_empty = _barriers(1), _barriers(1)
+    q_full, q_empty = barriers(NQ), barriers(NQ)
+    kv_full, kv_empty = barriers(NKV), barriers(NKV)
+    pair_full, pair_empty = barriers(NP), barriers(NP)
+    old_full, old_empty = barriers(1), barriers(1)
     fence_async_shared()
     pid = gl.program_id(0)
     chunk = pid % chunks

@@ -16,8 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.roles import LOG2E, _barriers
-from sparse_tx.attention.kernels.tiles import LN2, pair_is_masked, pair_seen
+from sparse_tx.attention.kernels.shared_memory import barriers
+from sparse_tx.attention.kernels.tiles import LN2, LOG2E, pair_is_masked, pair_seen
 
 
 @gluon.jit
@@ -130,9 +130,9 @@ def window_forward_by_roles(
     o = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, BT, BDV], O.layout)
     k = gl.allocate_shared_memory(Q.dtype, [NKV, 1, 1, BT, BDQ], K.layout)
     v = gl.allocate_shared_memory(Q.dtype, [NKV, 1, 1, BT, BDV], V.layout)
-    q_full, q_empty = _barriers(GROUPS), _barriers(GROUPS)
-    o_full, o_empty = _barriers(GROUPS), _barriers(GROUPS)
-    kv_full = _barriers(NKV)
+    q_full, q_empty = barriers(GROUPS), barriers(GROUPS)
+    o_full, o_empty = barriers(GROUPS), barriers(GROUPS)
+    kv_full = barriers(NKV)
     kv_empty = gl.allocate_shared_memory(gl.int64, [NKV, 1], mbarrier.MBarrierLayout())
     for at in gl.static_range(NKV):
         mbarrier.init(kv_empty.index(at), count=BACK + 1)

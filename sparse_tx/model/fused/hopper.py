@@ -16,7 +16,6 @@ Names: T rows, C width, F hidden units.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -33,6 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sparse_tx.attention.kernels import has_roles, multiprocessors
+from sparse_tx.attention.kernels.shared_memory import block_descriptor
 from sparse_tx.model.activation import activated_and_slope
 from sparse_tx.model.fused import WIDEST, products
 from sparse_tx.model.fused.norm import total
@@ -385,31 +386,18 @@ def hidden_gradient_by_roles(
     )  # fmt: skip
 
 
-@cache
-def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, str(dtype).removeprefix("torch.")))
-
-
 def _block(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns], _layout(rows, columns, t.dtype))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """0 where the kernel does not run."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return block_descriptor(t, t.shape, t.stride(), [rows, columns])
 
 
 def usable(d_a: Tensor, weight: Tensor, u: Tensor) -> bool:
     """Whether the kernel takes these: 16 bits, at most WIDEST wide, on a GPU of compute capability 9.0."""
-    return d_a.shape[1] <= WIDEST and _multiprocessors(d_a.device) > 0 and products.usable(d_a, weight, u)
+    return d_a.shape[1] <= WIDEST and has_roles(d_a.device) and products.usable(d_a, weight, u)
 
 
 def usable_wide(d_a: Tensor, weight: Tensor, u: Tensor) -> bool:
     """The same of the wide model's kernel: more than WIDEST, and W2 fits the shared memory by parts of its columns."""
-    return WIDEST < d_a.shape[1] <= _WIDER and _multiprocessors(d_a.device) > 0 and products.usable(d_a, weight, u)
+    return WIDEST < d_a.shape[1] <= _WIDER and has_roles(d_a.device) and products.usable(d_a, weight, u)
 
 
 def contract_gradients(d_a: Tensor, weight: Tensor, u: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -419,7 +407,7 @@ def contract_gradients(d_a: Tensor, weight: Tensor, u: Tensor, kind: str) -> tup
     """
     (T, C), F = d_a.shape, u.shape[1]
     across = triton.cdiv(F, BN)
-    shares = max(1, min(_multiprocessors(d_a.device) // across, triton.cdiv(T, BM)))
+    shares = max(1, min(multiprocessors(d_a.device.index) // across, triton.cdiv(T, BM)))
     d_u = torch.empty_like(u)
     sums = torch.empty(shares * _GROUPS * BM // 16, F, dtype=torch.float32, device=u.device)
     d_weight = torch.empty(shares, C, F, dtype=torch.float32, device=u.device)
@@ -437,7 +425,7 @@ def hidden_gradient(
     """What `products.hidden_gradient` returns, for wide models. The gradient of f(u) is not rounded on the way."""
     (T, C), F = d_a.shape, u.shape[1]
     across = triton.cdiv(F, wide.columns)
-    shares = max(1, min(_multiprocessors(d_a.device) // across, triton.cdiv(T, BM)))
+    shares = max(1, min(multiprocessors(d_a.device.index) // across, triton.cdiv(T, BM)))
     d_u = torch.empty_like(u)
     y = torch.empty_like(u) if again else None
     sums = torch.empty(shares * _GROUPS * BM // 16, F, dtype=torch.float32, device=u.device)
