@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -234,15 +235,27 @@ def attempt(arm: str, work: Work, options: argparse.Namespace, device: torch.dev
         "utilisation": None if peak is None else flops(arm, work) / seconds / peak,
     }
     if device.type == "cuda":
-        blocks = "compiled" if arm == "compiled" else "fused"
-        residual = 2 if "bf16 residual" in arm else 4
         if arm in OURS:
-            row["expected"] = memory_of(work.spec, work.batch, half=True, blocks=blocks, residual=residual).total
+            row["expected"] = expected_memory(arm, work)
         row |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         if options.profile:
             least = floors(work.spec, work.batch, sum(p.numel() for p in trained.parameters))
             row["profile"] = profile(lambda: trained(tokens), least, row["ms"])
     return row
+
+
+def expected_memory(arm: str, work: Work) -> int:
+    """Bytes that ours should take at most."""
+    blocks = "compiled" if arm == "compiled" else "fused"
+    return memory_of(work.spec, work.batch, half=True, blocks=blocks, residual=2 if "bf16 residual" in arm else 4).total
+
+
+def too_large(arm: str, way: str, work: Work, device: torch.device) -> bool:
+    """Whether it is not worth a try: by a tenth, for what is expected is an estimate."""
+    if device.type != "cuda":
+        return False
+    spec = dataclasses.replace(work.spec, recompute=way)
+    return expected_memory(arm, dataclasses.replace(work, spec=spec)) > 1.1 * torch.cuda.mem_get_info(device)[1]
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -253,11 +266,19 @@ def out_of_memory(error: BaseException | None) -> bool:
 def measure(arm: str, work: Work, options: argparse.Namespace, device: torch.device) -> dict:
     """One arm; ours with the first way to recompute that fits in memory."""
     ways = [w for w in RECOMPUTE if options.recompute in ("auto", w)] if arm in OURS else ["none"]
-    row: dict = {"experiment": work.name, "batch": work.batch, "context": work.spec.context, "arm": arm}
-    expected = flops(arm, work) / 400e12
-    if device.type == "cuda" and expected > 6 * LONG:
+    cuda = device.type == "cuda"
+    expected = flops(arm, work) / 400e12 * (4 / 3 if arm.endswith("recomputed") else 1)
+    batch = work.batch
+    while cuda and arm not in OURS and expected > LONG and batch > 1:
+        batch, expected = batch // 2, expected / 2  # fewer windows say its rate as well
+    work = dataclasses.replace(work, batch=batch)
+    row: dict = {"experiment": work.name, "batch": batch, "context": work.spec.context, "arm": arm}
+    if cuda and expected > 3 * LONG:
         return row | {"error": f"not run: about {expected:.0f} s a step"}
     for way in ways:
+        if arm in OURS and way != ways[-1] and too_large(arm, way, work, device):
+            said = "out of memory, by what it should take"
+            continue
         free(device)
         try:
             spec = dataclasses.replace(work.spec, recompute=way)
@@ -290,6 +311,14 @@ HEADER = (
 )
 
 
+def keep(rows: list[dict], options: argparse.Namespace) -> None:
+    """Write what has been measured so far: a run that is broken off loses nothing."""
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    if options.plot and any("error" not in row for row in rows):
+        plot(rows, options.plot)
+
+
 def compare(works: list[Work], options: argparse.Namespace, device: torch.device) -> list[dict]:
     rows = []
     if options.check:
@@ -306,6 +335,7 @@ def compare(works: list[Work], options: argparse.Namespace, device: torch.device
             if "error" not in row:
                 rates[arm] = row["bytes_per_second"]
             rows.append(row)
+            keep(rows, options)
     free(device)
     return rows
 
@@ -394,7 +424,7 @@ def plot(rows: list[dict], path: Path) -> None:
     rows = [r for r in rows if "error" not in r]
     arms = list(dict.fromkeys(r["arm"] for r in rows))
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    if len({r["context"] for r in rows}) == len({(r["experiment"], r["batch"]) for r in rows}) > 2:
+    if len({r["context"] for r in rows}) == len({r["experiment"] for r in rows}) > 2:
         for arm in arms:
             of = [r for r in rows if r["arm"] == arm]
             axes.plot([r["context"] for r in of], [r["bytes_per_second"] / 1e3 for r in of], marker="o", label=arm)
@@ -440,6 +470,8 @@ def main() -> None:
     options.arms = [a.strip() for a in options.arms.split(",") if a.strip()]
     if unknown := [a for a in options.arms if a not in ARMS]:
         sys.exit(f"--arms {unknown[0]}: use {', '.join(ARMS)}")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
     if options.tiny:
         options.steps, options.check = 3, 4
     names = [n for n in WORKLOADS if any(n.startswith(w) for w in options.experiments.split(","))]
@@ -460,13 +492,9 @@ def main() -> None:
     for work in {w.name: w for w in works}.values():
         parameters = cost_of(work.spec).parameters
         print(f"{work.name}: {parameters / 1e6:.2f}M parameters, dropout {work.spec.dropout}")
-    rows = compare(works, options, device)
+    compare(works, options, device)
     if options.cold:
         cold(names, options)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    if options.plot:
-        plot(rows, options.plot)
 
 
 if __name__ == "__main__":
