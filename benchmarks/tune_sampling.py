@@ -28,8 +28,10 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
     yield "the rules", {}
     for overlap in (True, False):
         yield f"overlap: {overlap}", {"overlaps": lambda *_, c=overlap: c}
-    for keys, warps in itertools.product((16, 32, 64, 128), (1, 2, 4, 8)):
-        yield f"attend: {keys} keys, {warps} warps", {"attend": lambda _, c=(keys, warps): c}
+    for keys, warps, stages in itertools.product((16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3)):
+        if 8 <= keys // warps <= 32:
+            chosen = lambda _, c=(keys, warps, stages): c  # noqa: E731
+            yield f"attend: {keys} keys, {warps} warps, {stages} stages", {"attend": chosen}
     if rows <= configs.VECTOR_ROWS:
         for numbers, warps in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)):
             chosen = lambda K, n=numbers, w=warps: (max(1, n // triton.next_power_of_2(K)), w)  # noqa: E731
@@ -45,12 +47,17 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
             chosen = lambda *_, c=(units, warps): c  # noqa: E731
             yield f"three, {units} hidden units, {warps} warps", {**three, "feedforward": chosen}
         return
+    for m, n, warps, stages in itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (2, 3, 4, 6)):
+        tile = configs.Between(m, 64, n, n, warps, stages)
+        yield f"between: {m} rows, {n} hidden units, {warps} warps, {stages} stages", {"between": lambda *_, t=tile: t}
+    apart = {"between": lambda *_: None}
+    yield "five launches a layer", apart
     for m, n, warps in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8)):
         chosen = lambda *a, t=(m, n), w=warps: _tile(*a, t)._replace(warps=w)  # noqa: E731
-        yield f"linear: {m} rows, {n} outputs, {warps} warps", {"tile": chosen}
+        yield f"linear: {m} rows, {n} outputs, {warps} warps", {**apart, "tile": chosen}
     for stages in (2, 3, 4):
         chosen = lambda *a, s=stages: _rule(*a)._replace(stages=s)  # noqa: E731
-        yield f"linear: {stages} stages", {"tile": chosen}
+        yield f"linear: {stages} stages", {**apart, "tile": chosen}
 
 
 _rule, _attend_out = configs.tile, configs.attend_out

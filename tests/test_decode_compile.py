@@ -22,7 +22,8 @@ def decoding_launches(monkeypatch, spec, rows, dtype, capability):
     from sparse_tx.model.decode_kernels import configs, steps
 
     found = []
-    for name in ("attend_step", "attend_out_step", "combine_step", "linear_step", "vector_step", "feedforward_step"):
+    kinds = "attend_step", "attend_out_step", "combine_step", "linear_step", "vector_step", "feedforward_step"
+    for name in (*kinds, "between_step"):
         monkeypatch.setattr(steps, name, Recorder(getattr(steps, name), found))
     for name in ("embed_step", "draw_step"):
         monkeypatch.setattr(steps, name, Recorder(getattr(steps, name), found))

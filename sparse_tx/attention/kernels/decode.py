@@ -161,7 +161,8 @@ def attend_step(
     QKV, OUT, PARTIAL, READS, PLACES, POSITION, positions, row_of_reads, row_of_places, scale,
     TURNS, SCALE, n0, n1, inner, eps,
     H: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr, DEPENDENT: tl.constexpr,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one position of one layer: QKV (B, H * (2 DQ + DV)) -> OUT (B, H * DV).
 
@@ -189,7 +190,7 @@ def attend_step(
         keep(k_at, v_at, slot, k_own, v_own, split == 0, DQ, DV, BDQ, BDV)
         begin = (count.to(tl.int64) * split // SPLITS).to(tl.int32)
         end = (count.to(tl.int64) * (split + 1) // SPLITS).to(tl.int32)
-        for from_ in tl.range(begin, end, BN, num_stages=1):
+        for from_ in tl.range(begin, end, BN, num_stages=STAGES):
             at = from_ + tl.arange(0, BN)
             k = ring_rows(k_at, start, first, ring, at, end, DQ, BDQ)
             v = ring_rows(v_at, start, first, ring, at, end, DV, BDV)

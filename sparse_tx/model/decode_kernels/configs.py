@@ -53,12 +53,36 @@ def vector(inputs: int) -> tuple[int, int]:
     return max(1, 4096 // next_power_of_2(inputs)), 4
 
 
-def attend(widest: int) -> tuple[int, int]:
-    """Keys that `attend_step` reads at once, `widest` numbers each, and its warps.
+class Between(NamedTuple):
+    """Rows of a program of `between_step`, which has a layer's weights in steps of so many inputs of the output matrix,
+    hidden units and outputs of the next projection."""
+
+    rows: int
+    inputs: int
+    hidden: int
+    outputs: int
+    warps: int
+    stages: int
+
+
+BETWEEN_ROWS = 64
+
+
+def between(rows: int, width: int, itemsize: int, gpu: Gpu) -> Between | None:
+    """Of `between_step`; None where the layers of a feed-forward and its neighbours are a launch each."""
+    if rows < BETWEEN_ROWS or width > 256 or itemsize > 2:
+        return None
+    chosen = Between(32 if rows >= 1024 else 16, 64, 64, 64, 8, 3)
+    widest = max(16, next_power_of_2(width))
+    return chosen if 2 * widest * chosen.hidden * itemsize * chosen.stages <= gpu.shared else None
+
+
+def attend(widest: int) -> tuple[int, int, int]:
+    """Keys that `attend_step` reads at once, `widest` numbers each; its warps; and steps that are under way at a time.
 
     512 rows of the 59M CIFAR-10 model (128 wide) in bf16 on an H200: 34.8 us a layer, 41.5 with 64 keys and 4 warps.
     """
-    return min(128, max(16, 4096 // next_power_of_2(widest))), 2
+    return min(128, max(16, 4096 // next_power_of_2(widest))), 2, 1
 
 
 # Rows x heads up to which attention and its output matrix are one launch. The CIFAR-10 model (59M, 2 heads) in bf16 on

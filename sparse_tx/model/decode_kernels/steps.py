@@ -16,7 +16,7 @@ from sparse_tx.attention.kernels.decode import attend_out_step, attend_step, com
 from sparse_tx.attention.ranges import ReadTable
 from sparse_tx.model.decode_kernels import configs
 from sparse_tx.model.decode_kernels.ends import draw_step, embed_step
-from sparse_tx.model.decode_kernels.linear import feedforward_step, linear_step, vector_step
+from sparse_tx.model.decode_kernels.linear import between_step, feedforward_step, linear_step, vector_step
 from sparse_tx.model.query_key import EPS as QUERY_KEY_EPS
 from sparse_tx.model.spec import VOCABULARY
 from sparse_tx.model.transformer import Transformer
@@ -103,6 +103,7 @@ class FusedSteps:
         self.strips = slots
         self.joined = joined and max(self.splits) == 1 and batch <= configs.VECTOR_ROWS
         self.joined_ff = joined_ff and self.joined
+        self.between = None if self.joined else configs.between(batch, C, dtype.itemsize, self.gpu)
         # What is still to be added to the residual stream: by each head, and by each program of the feed-forward.
         self.of_heads = spec.heads if self.joined else 0
         self.of_ff = triton.cdiv(spec.ff, configs.feedforward(C, spec.ff)[0]) if self.joined_ff else 0
@@ -116,6 +117,12 @@ class FusedSteps:
     def __call__(self, previous: Tensor, position: Tensor) -> Tensor:
         """previous: (B,), position: (1,) int64. Returns logits (B, V) float32, which the next step writes over."""
         self._embed(previous, position)
+        if self.between is not None:
+            self._linear(self.x, self.weights[0].qkv, self.qkv, norm=self.weights[0].attention_norm)
+            for layer in range(self.spec.layers):
+                self._attend(layer, position)
+                self._between(layer, self.between)
+            return self.logits
         for layer in range(self.spec.layers):
             self._layer(layer, position)
         x = self._streams[(self.spec.layers - 1) % 2] if self.joined_ff else self.x
@@ -164,6 +171,20 @@ class FusedSteps:
             self._linear(x, w.expand, self.hidden, norm=w.ff_norm, activation=w.activation, shares=new)
             self._linear(self.hidden, w.contract, x, add=True, shares=(self.of_heads, 0))
 
+    def _between(self, layer: int, t: configs.Between) -> None:
+        """From the attention of a layer to the projections of the next, or to the logits."""
+        w = self.weights[layer]
+        if layer + 1 < self.spec.layers:
+            norm, (weight, bias), y = self.weights[layer + 1].attention_norm, self.weights[layer + 1].qkv, self.qkv
+        else:
+            norm, weight, bias, y = self.norm, self.output, None, self.logits
+        C, given = self.spec.width, weight if bias is None else bias
+        between_step[(triton.cdiv(self.batch, t.rows),)](
+            self.out, *w.out, self.x, *w.ff_norm, *w.expand, *w.contract, *norm, weight, given, y, self.batch, EPS, C=C,
+            F=self.spec.ff, N=len(weight), BM=t.rows, BC=max(16, triton.next_power_of_2(C)), BK=t.inputs, BF=t.hidden,
+            BN=t.outputs, STAGES=t.stages, BIASED=bias is not None, ACTIVATION=w.activation, **self._options(t.warps),
+        )  # fmt: skip
+
     @property
     def _of_layer_ahead(self) -> tuple[int, int]:
         """Shares that the layer before has left, old and new ones."""
@@ -206,10 +227,10 @@ class FusedSteps:
 
     def _attend(self, layer: int, position: Tensor) -> None:
         H, BDV, splits = self.spec.heads, triton.next_power_of_2(self.Dv), self.splits[layer]
-        keys, warps = configs.attend(max(self.Dqk, self.Dv))
+        keys, warps, stages = configs.attend(max(self.Dqk, self.Dv))
         attend_step[(self.batch * H, splits)](
             self.qkv, self.out, self.partial, *self._reads(layer, position),
-            **self._sizes(), BN=keys, SPLITS=splits, **self._options(warps),
+            **self._sizes(), BN=keys, SPLITS=splits, STAGES=stages, **self._options(warps),
         )  # fmt: skip
         if splits > 1:
             combine_step[(self.batch * H,)](
