@@ -77,6 +77,14 @@ def between(rows: int, width: int, itemsize: int, gpu: Gpu) -> Between | None:
     return chosen if 2 * widest * chosen.hidden * itemsize * chosen.stages <= gpu.shared else None
 
 
+class Roles(NamedTuple):
+    """The same of `between_by_roles`: rows, inputs of a tile of weights, tiles in shared memory at a time."""
+
+    rows: int
+    inputs: int
+    stages: int
+
+
 def attend(widest: int) -> tuple[int, int, int]:
     """Keys that `attend_step` reads at once, `widest` numbers each; its warps; and steps that are under way at a time.
 

@@ -179,6 +179,11 @@ class FusedSteps:
         else:
             norm, weight, bias, y = self.norm, self.output, None, self.logits
         C, given = self.spec.width, weight if bias is None else bias
+        if isinstance(t, configs.Roles):
+            from sparse_tx.model.decode_kernels.hopper import between
+
+            between(self.out, w, self.x, norm, weight, bias, y, t, EPS, self.dependent)
+            return
         between_step[(triton.cdiv(self.batch, t.rows),)](
             self.out, *w.out, self.x, *w.ff_norm, *w.expand, *w.contract, *norm, weight, given, y, self.batch, EPS, C=C,
             F=self.spec.ff, N=len(weight), BM=t.rows, BC=max(16, triton.next_power_of_2(C)), BK=t.inputs, BF=t.hidden,
