@@ -65,8 +65,7 @@ WORKLOADS = {  # Hydra's overrides, batches
 TINY = ("debug=fast",)
 SWEEP = tuple((1 << power, 1 << power // 2) for power in range(12, 21, 2))  # context, stride
 SWEEP_TOKENS = 1 << 20
-LONG = 4.0  # seconds: of a step this long one is enough
-PATIENCE = 10.0  # seconds: a step of a rival that should take longer has fewer windows
+LONG = 10.0  # seconds: of a step this long one is enough; of a rival's that should take longer it has fewer windows
 
 
 @dataclasses.dataclass
@@ -270,11 +269,11 @@ def measure(arm: str, work: Work, options: argparse.Namespace, device: torch.dev
     cuda = device.type == "cuda"
     expected = flops(arm, work) / 400e12 * (4 / 3 if arm.endswith("recomputed") else 1)
     batch = work.batch
-    while cuda and arm not in OURS and expected > PATIENCE and batch > 1:
+    while cuda and arm not in OURS and expected > LONG and batch > 1:
         batch, expected = batch // 2, expected / 2  # fewer windows say its rate as well
     work = dataclasses.replace(work, batch=batch)
     row: dict = {"experiment": work.name, "batch": batch, "context": work.spec.context, "arm": arm}
-    if cuda and expected > 3 * PATIENCE:
+    if cuda and expected > 3 * LONG:
         return row | {"error": f"not run: about {expected:.0f} s a step"}
     for way in ways:
         if arm in OURS and way != ways[-1] and too_large(arm, way, work, device):

@@ -30,7 +30,7 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
         yield f"overlap: {overlap}", {"overlaps": lambda *_, c=overlap: c}
     for keys, warps, stages in itertools.product((16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3)):
         if 8 <= keys // warps <= 32:
-            chosen = lambda _, c=(keys, warps, stages): c  # noqa: E731
+            chosen = lambda *_, c=(keys, warps, stages): c  # noqa: E731
             yield f"attend: {keys} keys, {warps} warps, {stages} stages", {"attend": chosen}
     if rows <= configs.VECTOR_ROWS:
         for numbers, warps in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)):
@@ -47,9 +47,9 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
             chosen = lambda *_, c=(units, warps): c  # noqa: E731
             yield f"three, {units} hidden units, {warps} warps", {**three, "feedforward": chosen}
         return
-    for m, n, warps, stages in itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (2, 3, 4, 6)):
-        tile = configs.Between(m, 64, n, n, warps, stages)
-        yield f"between: {m} rows, {n} hidden units, {warps} warps, {stages} stages", {"between": lambda *_, t=tile: t}
+    for m, (inputs, stages) in itertools.product((16, 32), ((64, 4), (64, 6), (128, 2), (128, 3))):
+        tile = configs.Between(m, inputs, stages)
+        yield f"between: {m} rows, {stages} tiles of {inputs} inputs", {"between": lambda *_, t=tile: t}
     apart = {"between": lambda *_: None}
     yield "five launches a layer", apart
     for m, n, warps in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8)):

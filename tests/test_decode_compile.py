@@ -17,13 +17,17 @@ from sparse_tx.model.decoder import LayerWeights
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 
+def stores_of(spec, rows, dtype):
+    widths = spec.qk // spec.heads, spec.width // spec.heads
+    return [Store(p, spec.context, rows, *widths, dtype, "meta") for p in spec.patterns()]
+
+
 def decoding_launches(monkeypatch, spec, rows, dtype, capability):
     """Of a step and a draw, each kind once."""
     from sparse_tx.model.decode_kernels import configs, steps
 
     found = []
-    kinds = "attend_step", "attend_out_step", "combine_step", "linear_step", "vector_step", "feedforward_step"
-    for name in (*kinds, "between_step"):
+    for name in ("attend_step", "attend_out_step", "combine_step", "linear_step", "vector_step", "feedforward_step"):
         monkeypatch.setattr(steps, name, Recorder(getattr(steps, name), found))
     for name in ("embed_step", "draw_step"):
         monkeypatch.setattr(steps, name, Recorder(getattr(steps, name), found))
@@ -33,8 +37,7 @@ def decoding_launches(monkeypatch, spec, rows, dtype, capability):
         position, previous = torch.empty(1, dtype=torch.long), torch.empty(rows, dtype=torch.long)
         tokens, nats = torch.empty(rows, spec.context, dtype=torch.uint8), torch.empty(rows, spec.context)
         uniforms = torch.empty(64, rows, dtype=torch.float64)
-    widths = spec.qk // spec.heads, spec.width // spec.heads
-    stores = [Store(p, spec.context, rows, *widths, dtype, "meta") for p in spec.patterns()]
+    stores = stores_of(spec, rows, dtype)
     weights = [LayerWeights.of(block, dtype) for block in model.blocks]
     for joined, joined_ff in ((False, False), (True, False), (True, True)):
         output = model.output.weight.to(dtype)
@@ -92,3 +95,31 @@ def test_every_launch_of_a_decoding_step_compiles_and_fits(monkeypatch, case, ca
     for kernel, args, named in found:
         binary = compiled(kernel, *ones_as_constants(kernel, args, named), capability)
         assert binary.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel.__name__, named)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "ff", "rows"), [(256, 512, 100), (256, 1024, 3000), (200, 264, 100)])
+def test_what_lies_between_two_attentions_compiles_as_one_launch_and_fits_shared_memory(
+    monkeypatch, width, ff, rows, dtype
+):
+    from sparse_tx.model.decode_kernels import configs, hopper, steps
+
+    found = []
+    monkeypatch.setattr(hopper, "between_by_roles", Recorder(hopper.between_by_roles, found))
+    with torch.device("meta"):
+        model = Transformer(decoded(AttentionSpec("full"), width=width, ff=ff, qk=64))
+    weights = [LayerWeights.of(block, dtype) for block in model.blocks]
+    kernels = steps.FusedSteps(
+        model, weights, model.output.weight.to(dtype), stores_of(model.spec, rows, dtype), 36, rows
+    )
+    chosen = configs.between(rows, width, ff, 2, configs.Gpu(132, SHARED_KIB[90] * 1024))
+    for kernels.dependent in (False, True):
+        for layer in range(2):  # the last is followed by the logits
+            kernels._between(layer, chosen)
+    monkeypatch.undo()
+    assert len(found) == 4
+    for kernel, args, named in found:
+        binary = compiled(kernel, args, named, 90)
+        assert binary.metadata.shared <= SHARED_KIB[90] * 1024
+        assert "wgmma.mma_async" in binary.asm["ptx"]
+        assert ("griddepcontrol.wait" in binary.asm["ptx"]) == named["DEPENDENT"]

@@ -28,7 +28,7 @@ def tokens_of(rows, length):
 
 def small_tiles(monkeypatch):
     """Several blocks of keys, and splits of them, in a model as small as this."""
-    monkeypatch.setattr(configs, "attend", lambda widest: (4, 4, 2))
+    monkeypatch.setattr(configs, "attend", lambda *_: (4, 4, 2))
     monkeypatch.setattr(configs, "splits", lambda programs, slots, gpu: 2)
 
 
@@ -115,36 +115,15 @@ def test_a_feedforward_of_one_launch_gives_the_logits_of_two(monkeypatch, change
     torch.testing.assert_close(steps(decoder, tokens, 8), model(tokens)[:, 8:], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
-@pytest.mark.parametrize(
-    "change", [{}, {"layers": 1}, {"heads": 4, "width": 40, "ff": 36}, {"activation": "relu2", "ff": 100}], ids=str
-)
-@torch.inference_mode()
-def test_all_between_two_attentions_in_one_launch_gives_the_logits_of_four(monkeypatch, change, dtype):
-    """Also with rows, numbers and hidden units that fill no tile."""
-    rows = 18
-    model, tokens = model_here("strided", **{"layers": 3} | change), tokens_of(rows, 6)
-    found = []
-    for chosen in (configs.Between(16, 16, 16, 32, 4, 2), None):
-        monkeypatch.setattr(configs, "between", lambda *_, chosen=chosen: chosen)
-        decoder = Decoder(model, rows, fused=True, dtype=dtype)
-        assert decoder.kernels.between == chosen
-        found.append(steps(decoder, tokens))
-    exact = model.double()(tokens)
-    if dtype == torch.float32:
-        torch.testing.assert_close(found[0].double(), exact, rtol=0, atol=1e-4)
-    else:
-        assert (found[0] - exact).abs().max() <= 2 * (found[1] - exact).abs().max()
-
-
-def test_all_between_two_attentions_is_one_launch_for_many_rows_of_narrow_models_in_16_bits():
-    gpu = configs.Gpu(132, 232448)
-    assert configs.between(1024, 256, 2, gpu)
-    assert configs.between(1024, 200, 2, gpu)
-    assert configs.between(configs.BETWEEN_ROWS - 1, 256, 2, gpu) is None
-    assert configs.between(1024, 257, 2, gpu) is None
-    assert configs.between(1024, 256, 4, gpu) is None
-    assert configs.between(1024, 256, 2, configs.Gpu(132, 64 << 10)) is None
+def test_what_lies_between_two_attentions_is_one_launch_for_many_rows_of_narrow_models_in_16_bits():
+    gpu, rows = configs.Gpu(132, 232448), configs.BETWEEN_ROWS
+    assert configs.between(rows, 256, 512, 2, gpu)
+    assert configs.between(rows, 200, 264, 2, gpu)
+    one, two = (configs.between(n, 256, 512, 2, gpu).rows for n in (16 * 132, 16 * 132 + 1))
+    assert one < two
+    for other in ((rows - 1, 256, 512, 2), (rows, 264, 512, 2), (rows, 252, 512, 2), (rows, 256, 500, 2)):
+        assert configs.between(*other, gpu) is None
+    assert configs.between(rows, 256, 512, 4, gpu) is None
 
 
 def test_a_feedforward_of_too_many_shares_stays_two_launches(monkeypatch):

@@ -54,43 +54,42 @@ def vector(inputs: int) -> tuple[int, int]:
 
 
 class Between(NamedTuple):
-    """Rows of a program of `between_step`, which has a layer's weights in steps of so many inputs of the output matrix,
-    hidden units and outputs of the next projection."""
+    """Of `between_by_roles`: rows of a program, inputs of a tile of weights, tiles in shared memory at a time."""
 
     rows: int
     inputs: int
-    hidden: int
-    outputs: int
-    warps: int
     stages: int
 
 
-BETWEEN_ROWS = 64
+# The 59M CIFAR-10 model in bf16 on an H200, ms a byte in two launches a layer and in five: 64 rows 2.46, 2.11; 128 rows
+# 2.47, 2.78; 256 rows 2.59, 2.50; 512 rows 2.89, 3.64; 1,536 rows 4.57, 6.19; 440 merged rows 3.31, 3.80. The launch
+# takes 14 to 15 us for any rows that are one wave: as long as a multiprocessor takes to bring a layer's weights.
+BETWEEN_ROWS = 96
+_BETWEEN_WIDEST = 256
 
 
-def between(rows: int, width: int, itemsize: int, gpu: Gpu) -> Between | None:
-    """Of `between_step`; None where the layers of a feed-forward and its neighbours are a launch each."""
-    if rows < BETWEEN_ROWS or width > 256 or itemsize > 2:
+def between(rows: int, width: int, ff: int, itemsize: int, gpu: Gpu) -> Between | None:
+    """None where what lies between two attentions is four launches: for few rows, wide models, float32, and rows of
+    weights that do not begin at multiples of 16 bytes.
+
+    1,536 rows as above: tiles of 64 inputs 4.57, of 128 (three at a time) 4.62; 32 rows a program 5.01.
+    """
+    if rows < BETWEEN_ROWS or width > _BETWEEN_WIDEST or width % 8 or ff % 8 or itemsize != 2:
         return None
-    chosen = Between(32 if rows >= 1024 else 16, 64, 64, 64, 8, 3)
-    widest = max(16, next_power_of_2(width))
-    return chosen if 2 * widest * chosen.hidden * itemsize * chosen.stages <= gpu.shared else None
+    return Between(16 if rows <= 16 * gpu.processors else 32, 64, 6)
 
 
-class Roles(NamedTuple):
-    """The same of `between_by_roles`: rows, inputs of a tile of weights, tiles in shared memory at a time."""
-
-    rows: int
-    inputs: int
-    stages: int
+MANY_PROGRAMS = 256
 
 
-def attend(widest: int) -> tuple[int, int, int]:
+def attend(widest: int, programs: int) -> tuple[int, int, int]:
     """Keys that `attend_step` reads at once, `widest` numbers each; its warps; and steps that are under way at a time.
 
-    512 rows of the 59M CIFAR-10 model (128 wide) in bf16 on an H200: 34.8 us a layer, 41.5 with 64 keys and 4 warps.
+    As above, ms a byte, 16 keys, 1 warp, 2 steps against 32, 2, 1: 128 rows 2.47, 2.53; 256 rows 2.59, 2.68; 1,536 rows
+    in five launches a layer 6.19, 6.91, of which attention is 27 and 34 us a layer; 440 merged rows 3.80, 3.98.
     """
-    return min(128, max(16, 4096 // next_power_of_2(widest))), 2, 1
+    numbers, warps, steps = (2048, 1, 2) if programs >= MANY_PROGRAMS else (4096, 2, 1)
+    return min(128, max(16, numbers // next_power_of_2(widest))), warps, steps
 
 
 # Rows x heads up to which attention and its output matrix are one launch. The CIFAR-10 model (59M, 2 heads) in bf16 on
@@ -130,15 +129,15 @@ def feedforward(width: int, ff: int) -> tuple[int, int]:
     return max(1, min(8192 // next_power_of_2(width), next_power_of_2(ff))), 8
 
 
-def overlaps(programs: int, gpu: Gpu) -> bool:
+def overlaps(programs: int, between: bool, gpu: Gpu) -> bool:
     """Whether a kernel may begin while the one before ends, for so many rows and heads: while the GPU is not full.
 
-    A step of the 59M CIFAR-10 model (2 heads) in bf16 on an H200, ms with and without, interleaved: 1 row 1.20, 1.85;
-    128 rows 3.42, 2.95; 256 rows 2.67, 3.22; 512 rows 3.97, 4.63; 1,024 rows 5.83, 5.35; 1,536 rows 7.97, 7.84. Merged:
-    128 rows 3.99, 3.51; 256 rows 3.52, 3.85; 440 rows 4.93, 4.50. No bound serves all: this one loses 15 percent at 128
-    rows, whose tiles are small, and at 512 interleaved ones.
+    between: two launches a layer. A step of the 59M CIFAR-10 model (2 heads) in bf16 on an H200, ms with and without:
+    1 row 1.20, 1.85; in five launches 128 rows 3.42, 2.95; 256 rows 2.67, 3.22; 512 rows 3.64, 4.27; 1,024 rows 5.83,
+    5.35. In two: 128 rows 2.53, 2.83; 512 rows 2.89, 3.16; 1,024 rows 3.98, 3.84; 1,536 rows 4.61, 4.62; 440 merged
+    rows 3.31, 3.63. In five launches no bound serves all: this one loses 15 percent at 512 rows.
     """
-    return programs <= 4 * gpu.processors
+    return programs <= (8 if between else 4) * gpu.processors
 
 
 def splits(programs: int, slots: int, gpu: Gpu) -> int:

@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_tx.attention.kernels.shared_memory import barriers, block_descriptor
 from sparse_tx.model.activation import activated
-from sparse_tx.model.decode_kernels.configs import Roles
+from sparse_tx.model.decode_kernels.configs import Between
 
 if TYPE_CHECKING:
     from sparse_tx.model.decoder import LayerWeights, Pair
@@ -188,20 +188,20 @@ def _tiles(weight: Tensor, depth: int) -> TensorDescriptor:
 
 
 def between(
-    out: Tensor, w: LayerWeights, x: Tensor, norm: Pair, weight: Tensor, bias: Tensor | None, y: Tensor, t: Roles,
+    out: Tensor, w: LayerWeights, x: Tensor, norm: Pair, after: tuple[Tensor, Tensor | None], y: Tensor, t: Between,
     eps: float, dependent: bool,
 ) -> None:  # fmt: skip
     """From the output of a layer's attention, out (rows, C), to the next projection y (rows, N) of x, which is changed.
 
-    norm, weight (N, C), bias: of that projection.
+    norm, after: of that projection, weight (N, C) and bias. eps: of both LayerNorms. dependent: as of `FusedSteps`.
     """
     rows, C = out.shape
-    F, N = len(w.expand[0]), len(weight)
+    weight, bias = after
     between_by_roles[(triton.cdiv(rows, t.rows),)](
         block_descriptor(out, out.shape, out.stride(), [t.rows, OUTS]),
         _tiles(w.out[0], t.inputs), w.out[1], x, *w.ff_norm, _tiles(w.expand[0], t.inputs), w.expand[1],
         _tiles(w.contract[0], t.inputs), w.contract[1], *norm, _tiles(weight, t.inputs),
         weight if bias is None else bias, y, rows, eps,
-        C=C, F=F, N=N, STAGES=t.stages, BIASED=bias is not None, ACTIVATION=w.activation, DEPENDENT=dependent,
-        num_warps=8, **({"launch_pdl": True} if dependent else {}),
+        C=C, F=len(w.expand[0]), N=len(weight), STAGES=t.stages, BIASED=bias is not None, ACTIVATION=w.activation,
+        DEPENDENT=dependent, num_warps=8, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip

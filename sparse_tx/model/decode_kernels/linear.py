@@ -97,52 +97,6 @@ def linear_step(
 
 
 @triton.jit
-def between_step(
-    OUT, W, BIAS, X, NORM_WEIGHT, NORM_BIAS, W1, BIAS1, W2, BIAS2, NEXT_WEIGHT, NEXT_BIAS, W3, BIAS3, Y, rows, eps,
-    C: tl.constexpr, F: tl.constexpr, N: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    BIASED: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """All between the attention of a layer and the one of the next, for many rows: x += W OUT + b, then
-    x += W2 act(W1 LN(x) + b1) + b2, then Y = W3 LN(x) + b3. Grid (cdiv(rows, BM),).
-
-    OUT (rows, C), W (C, C), W1 (F, C), W2 (C, F), W3 (N, C), Y (rows, N); X (rows, C) float32, the residual stream.
-    BC holds all of C. No row asks for another, so none waits: a program reads all weights of a layer once, from the
-    L2 cache, BK inputs of W, BF hidden units and BN outputs of W3 at a time.
-    """
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.arange(0, BC)
-    at = m.to(tl.int64)[:, None]
-    inside = (m < rows)[:, None] & (c < C)[None, :]
-    bias = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
-    bias2 = tl.load(BIAS2 + c, mask=c < C, other=0.0).to(tl.float32)
-    after_previous(DEPENDENT)
-    x = tl.load(X + at * C + c[None, :], mask=inside, other=0.0) + bias[None, :]
-    for start in tl.range(0, C, BK, num_stages=STAGES):
-        k = start + tl.arange(0, BK)
-        x = tl.dot(_inputs(OUT, m, k, rows, C), _weights(W, c, k, C, C), x, input_precision="ieee")
-    gain, shift = _vectors(NORM_WEIGHT, NORM_BIAS, c, C)
-    normal = _normal(x, gain, shift, c, eps, C).to(W.dtype.element_ty)
-    x += bias2[None, :]
-    for start in tl.range(0, F, BF, num_stages=STAGES):
-        f = start + tl.arange(0, BF)
-        bias1 = tl.load(BIAS1 + f, mask=f < F, other=0.0).to(tl.float32)
-        hidden = tl.dot(normal, _weights(W1, f, c, F, C), input_precision="ieee") + bias1[None, :]
-        hidden = activated(hidden, ACTIVATION).to(W.dtype.element_ty)
-        x = tl.dot(hidden, _weights(W2, c, f, C, F), x, input_precision="ieee")
-    tl.store(X + at * C + c[None, :], x, mask=inside)
-    gain, shift = _vectors(NEXT_WEIGHT, NEXT_BIAS, c, C)
-    normal = _normal(x, gain, shift, c, eps, C).to(W.dtype.element_ty)
-    for start in tl.range(0, N, BN, num_stages=STAGES):
-        n = start + tl.arange(0, BN)
-        y = tl.dot(normal, _weights(W3, n, c, N, C), input_precision="ieee")
-        if BIASED:
-            y += tl.load(BIAS3 + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        mask = (m < rows)[:, None] & (n < N)[None, :]
-        tl.store(Y + at * N + n[None, :], y.to(Y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _row(X, m, c, C):
     return tl.load(X + m * C + c, mask=c < C, other=0.0).to(tl.float32)
 

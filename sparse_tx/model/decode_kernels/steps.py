@@ -1,5 +1,5 @@
-"""A decoding step as launches of the fused kernels: five for each layer; three or four for few rows; six where programs
-share a head's keys."""
+"""A decoding step as launches of the fused kernels: five for each layer; three or four for few rows; two for many rows
+of a narrow model; one more where programs share a head's keys."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import triton
 from torch import Tensor
 
 from sparse_tx.attention.decode import Store
-from sparse_tx.attention.kernels import interpreted  # noqa: F401
+from sparse_tx.attention.kernels import has_roles, interpreted  # noqa: F401
 from sparse_tx.attention.kernels.decode import attend_out_step, attend_step, combine_step
 from sparse_tx.attention.ranges import ReadTable
 from sparse_tx.model.decode_kernels import configs
 from sparse_tx.model.decode_kernels.ends import draw_step, embed_step
-from sparse_tx.model.decode_kernels.linear import between_step, feedforward_step, linear_step, vector_step
+from sparse_tx.model.decode_kernels.hopper import between
+from sparse_tx.model.decode_kernels.linear import feedforward_step, linear_step, vector_step
 from sparse_tx.model.query_key import EPS as QUERY_KEY_EPS
 from sparse_tx.model.spec import VOCABULARY
 from sparse_tx.model.transformer import Transformer
@@ -81,14 +82,10 @@ class FusedSteps:
         slots = [sum(l.strip for l in store.kept[0].group.layouts) for store in stores]
         gpu = device.type == "cuda"
         self.gpu = _gpu(device) if gpu else _H100
-        # The kernel after the wait reads what the one before wrote: Hopper's launches alone can overlap them.
-        if dependent is None:
-            dependent = configs.overlaps(batch * spec.heads, self.gpu)
         if joined is None:
             joined = configs.joins(batch, spec.heads)
         if joined_ff is None:
             joined_ff = configs.joins_feedforward(batch, spec.width, spec.ff)
-        self.dependent = dependent and gpu and torch.cuda.get_device_capability(device) >= (9, 0)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -103,7 +100,13 @@ class FusedSteps:
         self.strips = slots
         self.joined = joined and max(self.splits) == 1 and batch <= configs.VECTOR_ROWS
         self.joined_ff = joined_ff and self.joined
-        self.between = None if self.joined else configs.between(batch, C, dtype.itemsize, self.gpu)
+        self.between: configs.Between | None = None
+        if has_roles(device) and not self.joined:
+            self.between = configs.between(batch, spec.width, spec.ff, dtype.itemsize, self.gpu)
+        # The kernel after the wait reads what the one before wrote: Hopper's launches alone can overlap them.
+        if dependent is None:
+            dependent = configs.overlaps(batch * spec.heads, self.between is not None, self.gpu)
+        self.dependent = dependent and gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         # What is still to be added to the residual stream: by each head, and by each program of the feed-forward.
         self.of_heads = spec.heads if self.joined else 0
         self.of_ff = triton.cdiv(spec.ff, configs.feedforward(C, spec.ff)[0]) if self.joined_ff else 0
@@ -173,22 +176,13 @@ class FusedSteps:
 
     def _between(self, layer: int, t: configs.Between) -> None:
         """From the attention of a layer to the projections of the next, or to the logits."""
-        w = self.weights[layer]
+        norm: Pair = self.norm
+        after: tuple[Tensor, Tensor | None] = self.output, None
+        y = self.logits
         if layer + 1 < self.spec.layers:
-            norm, (weight, bias), y = self.weights[layer + 1].attention_norm, self.weights[layer + 1].qkv, self.qkv
-        else:
-            norm, weight, bias, y = self.norm, self.output, None, self.logits
-        C, given = self.spec.width, weight if bias is None else bias
-        if isinstance(t, configs.Roles):
-            from sparse_tx.model.decode_kernels.hopper import between
-
-            between(self.out, w, self.x, norm, weight, bias, y, t, EPS, self.dependent)
-            return
-        between_step[(triton.cdiv(self.batch, t.rows),)](
-            self.out, *w.out, self.x, *w.ff_norm, *w.expand, *w.contract, *norm, weight, given, y, self.batch, EPS, C=C,
-            F=self.spec.ff, N=len(weight), BM=t.rows, BC=max(16, triton.next_power_of_2(C)), BK=t.inputs, BF=t.hidden,
-            BN=t.outputs, STAGES=t.stages, BIASED=bias is not None, ACTIVATION=w.activation, **self._options(t.warps),
-        )  # fmt: skip
+            ahead = self.weights[layer + 1]
+            norm, after, y = ahead.attention_norm, ahead.qkv, self.qkv
+        between(self.out, self.weights[layer], self.x, norm, after, y, t, EPS, self.dependent)
 
     @property
     def _of_layer_ahead(self) -> tuple[int, int]:
@@ -232,7 +226,7 @@ class FusedSteps:
 
     def _attend(self, layer: int, position: Tensor) -> None:
         H, BDV, splits = self.spec.heads, triton.next_power_of_2(self.Dv), self.splits[layer]
-        keys, warps, stages = configs.attend(max(self.Dqk, self.Dv))
+        keys, warps, stages = configs.attend(max(self.Dqk, self.Dv), self.batch * H)
         attend_step[(self.batch * H, splits)](
             self.qkv, self.out, self.partial, *self._reads(layer, position),
             **self._sizes(), BN=keys, SPLITS=splits, STAGES=stages, **self._options(warps),
