@@ -1,6 +1,6 @@
 """Makes the pictures of README and docs.
 
-    python tools/pictures.py                     # the patterns, and the times of benchmarks/RESULTS.md
+    python tools/pictures.py                     # the patterns, and the numbers of benchmarks/RESULTS.md
     python tools/pictures.py RUN_FOLDER          # and the learning curve of a run of `python train.py`
 
 Needs matplotlib (pip install -e '.[plots]').
@@ -64,6 +64,45 @@ def speed_figure(path: Path) -> None:
     pyplot.close(figure)
 
 
+def number(text: str) -> float | None:
+    """Of "1,024" or "317k"; None of anything else."""
+    found = re.fullmatch(r"([\d,]+)(k?)", text.strip())
+    return None if found is None else float(found[1].replace(",", "")) * (1e3 if found[2] else 1)
+
+
+def context_rows(text: str) -> list[tuple[float, float | None, float]]:
+    """Context, bytes a second of dense attention and of ours, of the table of costs against context."""
+    table = text.partition("### Cost against context\n")[2].partition("\n#")[0]
+    rows = [[number(cell) for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    found = [(row[0], row[3], row[4]) for row in rows if row[0] is not None and row[4] is not None]
+    if not found:
+        raise SystemExit(f"{RESULTS} has no table of costs against context that this script can read")
+    return found
+
+
+def context_figure(path: Path) -> None:
+    text = RESULTS.read_text()
+    rows = context_rows(text)
+    device = re.search(r"## Training, (.*)", text)
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+    names = "dense (cuDNN), compiled, blocks run again", "sparse-tx"
+    for label, colour, points in (
+        (names[0], RIVAL, [(n, dense / 1e3) for n, dense, _ in rows if dense]),
+        (names[1], OURS, [(n, ours / 1e3) for n, _, ours in rows]),
+    ):
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([n for n, _, _ in rows], [f"{n:,.0f}" for n, _, _ in rows], fontsize=8)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("thousand bytes a second", fontsize=8)
+    axes.set_xlabel(f"context; 152M parameters, whole steps; {device[1] if device else ''}", fontsize=8, color=GREY)
+    axes.legend(fontsize=8, frameon=False, loc="center right")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def curve(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Points (step, bits) by column of a run's metrics.csv."""
     columns: dict[str, list[tuple[int, float]]] = {"train/bits_per_dim": [], "val/bits_per_dim": []}
@@ -109,6 +148,7 @@ def main(arguments: list[str]) -> None:
     seen_figure(IMAGES / "seen.png")
     heads_figure(IMAGES / "heads.png")
     speed_figure(IMAGES / "speed.png")
+    context_figure(IMAGES / "context.png")
     for run in arguments:
         demo_figure(IMAGES / "demo.png", Path(run))
     print(f"wrote: {IMAGES}")
