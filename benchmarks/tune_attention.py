@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from attention import WORKLOADS, Workload, median_ms
 
-from sparse_tx.attention.kernels import configs, launch
+from sparse_tx.attention.kernels import configs, launch, walks
 from sparse_tx.attention.kernels.configs import Config, Walk
 from sparse_tx.attention.kernels.plan import plan
 
@@ -52,7 +52,7 @@ def candidates(kernel: str) -> list[Walk | Config]:
 
 
 class Recorder:
-    """Stands for a kernel in `launch` and keeps what it is launched with."""
+    """Stands for a kernel in the module that launches it and keeps what it is launched with."""
 
     def __init__(self, name: str, kernel: Any, found: list) -> None:
         self.name, self.kernel, self.found = name, kernel, found
@@ -64,12 +64,13 @@ class Recorder:
 def record(work: Workload, tensors: dict[str, torch.Tensor]) -> list:
     """The launches of forward and backward, made with these tensors."""
     found: list = []
-    real = {name: getattr(launch, name) for name in KERNELS}
+    home = {name: walks if hasattr(walks, name) else launch for name in KERNELS}
+    real = {name: getattr(module, name) for name, module in home.items()}
     empty_like = torch.empty_like
     launch.forget_plans()
     try:
         for name, kernel in real.items():
-            setattr(launch, name, Recorder(name, kernel, found))
+            setattr(home[name], name, Recorder(name, kernel, found))
         t, numbers = tensors, plan(work.patterns)
         torch.empty_like = lambda x: t["delta"] if x is t["lse"] else empty_like(x)
         launch.forward(t["q"], t["k"], t["v"], t["out"], t["lse"], numbers, work.Dqk**-0.5)
@@ -80,7 +81,7 @@ def record(work: Workload, tensors: dict[str, torch.Tensor]) -> list:
     finally:
         torch.empty_like = empty_like
         for name, kernel in real.items():
-            setattr(launch, name, kernel)
+            setattr(home[name], name, kernel)
         launch.forget_plans()
     return found
 
@@ -99,7 +100,7 @@ def places(kernel: str, work: Workload) -> list[tuple]:
     used: list[tuple] = []
     walked = kernel.startswith(("window", "column"))
     direction = "forward" if kernel.endswith("forward") else "keys" if kernel == "compact_backward" else "backward"
-    real = launch.walk, launch.config
+    real = walks.walk, launch.config
 
     def walk(*key):
         used.extend([key] if walked and key[1].startswith(kernel.split("_")[0]) else [])
@@ -109,11 +110,11 @@ def places(kernel: str, work: Workload) -> list[tuple]:
         used.extend([] if walked else [key[:5]])
         return real[1](*key)
 
-    launch.walk, launch.config = walk, config
+    walks.walk, launch.config = walk, config
     try:
         record(work, make(work))
     finally:
-        launch.walk, launch.config = real
+        walks.walk, launch.config = real
     return [key for key in dict.fromkeys(used) if key[0] == direction]
 
 

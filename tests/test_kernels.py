@@ -125,17 +125,17 @@ def test_low_precision_is_no_worse_than_twice_dense_torch(dtype):
 @pytest.fixture
 def walks(monkeypatch):
     """Tables by which windows and short columns of width 16 are walked, in tiles of 16."""
-    from sparse_tx.attention.kernels import configs, launch
+    from sparse_tx.attention.kernels import configs, walks
 
     parts = ("window", "column 32", "column 64", "column 128")
     table = {(k, p, 16, 16): configs.Walk(16, 4, 2, 2) for k in ("forward", "backward") for p in parts}
     monkeypatch.setattr(configs, "WALKS", table)
     ran = []
     for name in ("window_forward", "window_backward", "column_forward", "column_backward"):
-        kernel = getattr(launch, name)
+        kernel = getattr(walks, name)
         recorded = type("Recorded", (), {"__getitem__": lambda _, grid, k=kernel, n=name: ran.append(n) or k[grid]})()
         recorded.arg_names = kernel.arg_names
-        monkeypatch.setattr(launch, name, recorded)
+        monkeypatch.setattr(walks, name, recorded)
     return ran
 
 

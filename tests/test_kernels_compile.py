@@ -22,18 +22,20 @@ TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-KERNELS = (
-    "attention_forward", "attention_delta", "chain_backward", "compact_backward",
-    "window_forward", "window_backward", "column_forward", "column_backward",
-    "window_forward_by_roles", "window_backward_by_roles",
-)  # fmt: skip
+KERNELS = {  # by the module that launches them
+    "launch": ("attention_forward", "attention_delta", "chain_backward", "compact_backward"),
+    "walks": (
+        "window_forward", "window_backward", "column_forward", "column_backward",
+        "window_forward_by_roles", "window_backward_by_roles",
+    ),
+}  # fmt: skip
 
 
 OPTIONS = ("num_warps", "maxnreg", "launch_pdl", "launch_cooperative_grid")
 
 
 class Recorder:
-    """Stands for a kernel in `launch` and keeps what it is launched with."""
+    """Stands for a kernel in the module that launches it and keeps what it is launched with."""
 
     def __init__(self, kernel, launches):
         self.kernel, self.launches = kernel, launches
@@ -43,14 +45,15 @@ class Recorder:
 
 
 def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2, roles=True):
-    from sparse_tx.attention.kernels import copies, launch
+    from sparse_tx.attention.kernels import copies, launch, walks
     from sparse_tx.attention.kernels.plan import plan
 
     found = []
-    for name in KERNELS:
-        monkeypatch.setattr(launch, name, Recorder(getattr(launch, name), found))
+    for module in (launch, walks):
+        for name in KERNELS[module.__name__.rpartition(".")[2]]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
     monkeypatch.setattr(launch, "is_large", lambda device: capability in (80, 90))
-    monkeypatch.setattr(launch, "has_roles", lambda device: roles and capability == 90)
+    monkeypatch.setattr(walks, "has_roles", lambda device: roles and capability == 90)
     monkeypatch.setattr(copies, "has_copy_engine", lambda device: capability >= 90)
     launch.forget_plans()
     H = len(patterns)

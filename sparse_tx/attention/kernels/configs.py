@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from sparse_tx.attention.kernels.plan import Chain
+
 
 class Config(NamedTuple):
     rows: int  # queries (or entries of the chain) a program owns; for "keys": queries of a step
@@ -39,6 +41,9 @@ class ForwardRoles(NamedTuple):
     groups: int  # of four warps, that take turns in tiles of queries
     registers: int  # of a thread of theirs
 
+
+COMPACT = "fixed", "summary"  # parts with keys of a compact list
+_LONG = 512  # keys of a window
 
 # (kernel, part, Dqk, Dv, bytes of an element) -> Config. Kernels: "forward", "backward" (chain_backward), "keys"
 # (compact_backward). Parts: "window", "full" (all keys, or a window of 512 and more), "fixed" (a block with summary or
@@ -123,6 +128,15 @@ def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
 def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:
     """None where tiles of their own do better: part is "window", or "column" with the least size that holds one."""
     return WALKS.get((kernel, part, Dqk, Dv))
+
+
+def part_of(chain: Chain) -> str:
+    """The part as the tables name it: a long window is tiled as all keys are."""
+    if chain.part == "window" and chain.R >= _LONG:
+        return "full"
+    if not (chain.grouped or chain.strided) or chain.part in COMPACT:
+        return chain.part
+    return chain.part + next((f" {most}" for most in (32, 64, 128) if most >= chain.N), "")
 
 
 def power_of_two(width: int) -> int:

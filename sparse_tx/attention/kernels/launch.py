@@ -11,29 +11,12 @@ import triton
 from torch import Tensor
 
 from sparse_tx.attention.kernels import (
-    has_roles,
     interpreted,  # noqa: F401
     is_large,
-    multiprocessors,
 )
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
-from sparse_tx.attention.kernels.column import column_backward, column_forward
-from sparse_tx.attention.kernels.configs import (
-    MOST_BACK,
-    MOST_TILES,
-    ROLES_TILE,
-    Config,
-    ForwardRoles,
-    Roles,
-    Walk,
-    config,
-    forward_roles,
-    power_of_two,
-    roles,
-    walk,
-)
+from sparse_tx.attention.kernels.configs import COMPACT, Config, Roles, config, part_of, power_of_two
 from sparse_tx.attention.kernels.copies import (
-    can_copy,
     copies_summary,
     copies_tiles,
     descriptor,
@@ -43,13 +26,9 @@ from sparse_tx.attention.kernels.copies import (
 from sparse_tx.attention.kernels.forward import attention_forward
 from sparse_tx.attention.kernels.handles import Launch, Layout, Operand, layouts, operands
 from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Chain, Run, runs_of
-from sparse_tx.attention.kernels.roles import window_backward_by_roles
-from sparse_tx.attention.kernels.roles_forward import window_forward_by_roles
-from sparse_tx.attention.kernels.window import window_backward, window_forward
+from sparse_tx.attention.kernels.tiles import LOG2E
+from sparse_tx.attention.kernels.walks import backward_along, forward_along, way_backward
 
-_LOG2E = 1.4426950408889634
-_LONG = 512  # keys of a window
-_COMPACT = "fixed", "summary"  # parts with keys of a compact list
 _MOST_PLANS = 1024  # kept, of layouts and patterns: those of a few models
 
 
@@ -80,17 +59,8 @@ class Tiling(NamedTuple):
     single: bool
 
 
-def _part(chain: Chain) -> str:
-    """The part as the tables name it: a long window is tiled as all keys are."""
-    if chain.part == "window" and chain.R >= _LONG:
-        return "full"
-    if not (chain.grouped or chain.strided) or chain.part in _COMPACT:
-        return chain.part
-    return chain.part + next((f" {most}" for most in (32, 64, 128) if most >= chain.N), "")
-
-
 def _tiling(kernel: str, chain: Chain, q: Operand, v: Operand) -> Tiling:
-    chosen = config(kernel, _part(chain), q.shape[-1], v.shape[-1], q.dtype.itemsize, is_large(q.device))
+    chosen = config(kernel, part_of(chain), q.shape[-1], v.shape[-1], q.dtype.itemsize, is_large(q.device))
     S = q.shape[1]
     if chain.strided:
         chosen = chosen._replace(rows=min(chosen.rows, power_of_two(chain.N)))
@@ -99,51 +69,6 @@ def _tiling(kernel: str, chain: Chain, q: Operand, v: Operand) -> Tiling:
     single = chain.grouped and chosen.rows >= chain.N
     advance = chosen.rows // chain.N * chain.N if single else chosen.rows
     return Tiling(chosen, -(-S // advance), 1, advance, single)
-
-
-def _walk(kernel: str, chain: Chain, *tensors: Operand) -> Walk | None:
-    """How to walk this pass with one program for many tiles; None where tiles of their own do better, or must do it.
-
-    tensors: q, v and whatever else is read or written by rows.
-    """
-    q, v = tensors[:2]
-    plain = chain.tokens == 0 and chain.skip == (0, 0)
-    if chain.part not in ("window", "column") or not plain or q.dtype.itemsize != 2:
-        return None
-    chosen = walk(kernel, _part(chain), q.shape[-1], v.shape[-1])
-    if chosen is None:
-        return None
-    if chain.strided:
-        fits = -(-chain.N // chosen.tile) <= MOST_TILES
-    else:
-        fits = -(-chain.R // chosen.tile) <= MOST_BACK
-    if not fits:
-        return None
-    return chosen if can_copy(chain, *tensors) else None
-
-
-def _takes_roles(chain: Chain, *tensors: Operand) -> bool:
-    """Whether these of a pass suit warps with roles: a window alone or beside a column. tensors: as of `_walk`."""
-    return chain.part == "window" and has_roles(tensors[0].device) and can_copy(chain, *tensors)
-
-
-def _chunks(tiles: int, rest: int, halo: int, device: torch.device) -> tuple[int, int]:
-    """As `_spread`, where a multiprocessor has one program at a time: the fewest tiles one after the other, of which
-    each chunk has `halo` more than its own.
-    """
-    most = multiprocessors(device.index)
-
-    def cost(chunks: int) -> int:
-        return -(-chunks * rest // most) * (-(-tiles // chunks) + halo)
-
-    length = -(-tiles // min(range(1, min(tiles, most) + 1), key=cost))
-    return length, -(-tiles // length)
-
-
-def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
-    """Tiles a program walks along, and programs along them; `rest` other programs run beside each."""
-    length = max(1, -(-tiles * rest // (chosen.programs * multiprocessors(device.index))))
-    return length, -(-tiles // length)
 
 
 def _by_slot(run: Run) -> list[Run]:
@@ -201,18 +126,14 @@ def plan_forward(
     known: tuple[Layout, ...], device: torch.device, numbers: tuple[int, ...], scale: float
 ) -> tuple[Launch, ...]:
     """Launches of a forward pass of q, k, v, out, lse, of these layouts. scale: above 0."""
-    q, k, v, out, lse = operands(known, device)
+    q, k, v, out, lse = tensors = operands(known, device)
     B, S, H, Dqk = q.shape
     Dv = v.shape[-1]
     launches = []
     for run in _runs(numbers):
         for turn, chain in enumerate(_passes(run, S)):
-            by_roles = forward_roles(chain.R, Dqk, Dv) if _takes_roles(chain, q, k, v, out) else None
-            if by_roles is not None:
-                launches.append(_forward_by_roles(chain, run, by_roles, turn > 0, q, k, v, out, lse, scale))
-                continue
-            if (walked := _walk("forward", chain, q, v, k, out)) is not None:
-                launches.append(_walk_forward(chain, run, walked, turn > 0, q, k, v, out, lse, scale))
+            if (along := forward_along(chain, run, turn > 0, tensors, scale)) is not None:
+                launches.append(along)
                 continue
             chosen, tiles, per, advance, single = _tiling("forward", chain, q, v)
             copied, sum_copied = copies_tiles(chosen, chain, q, k, v), copies_summary(run, chosen, chain, k, v)
@@ -227,102 +148,17 @@ def plan_forward(
                 attention_forward, tiles * B * run.heads,
                 *main, *rest, out, lse,
                 *q.strides[:3], *k.strides[:3], *v.strides[:3], *out.strides[:3],
-                S, H, run.head, run.heads, tiles, per, scale * _LOG2E,
+                S, H, run.head, run.heads, tiles, per, scale * LOG2E.value,
                 advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip, run.slot, run.slot_step,
                 DQ=Dqk, DV=Dv, BDQ=power_of_two(Dqk), BDV=power_of_two(Dv), BM=chosen.rows, BN=chosen.keys,
                 CHAIN=chain.present, STRIDED=chain.strided, GROUPED=chain.grouped, SINGLE=single,
                 sumL=0 if chain.strided else run.summary, sumC=run.c, GLOBAL=run.tokens > 0 and not chain.strided,
-                MERGE=turn > 0, HEAVY_LAST=chain.part in (*_COMPACT, "full"),
+                MERGE=turn > 0, HEAVY_LAST=chain.part in (*COMPACT, "full"),
                 COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
             launches.append(launch)
     return tuple(launches)
-
-
-def _walk_forward(
-    chain: Chain, run: Run, chosen: Walk, merge: bool, q: Operand, k: Operand, v: Operand, out: Operand, lse: Operand,
-    scale: float,
-) -> Launch:  # fmt: skip
-    B, S, H, Dqk = q.shape
-    Dv = v.shape[-1]
-    constants = {"BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv), "BT": chosen.tile}
-    tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
-    length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
-    arguments = *(descriptor(t, chain, chosen.tile) for t in (q, k, v, out)), lse, S, H, run.head, run.heads
-    options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers}
-    programs = chunks * B * run.heads
-    if chain.strided:
-        return Launch(
-            column_forward, programs, *arguments, chunks, length, chain.L, scale * _LOG2E,
-            NEAR=chain.near, R=chain.R, NT=-(-chain.N // chosen.tile), **constants, **options,
-        )  # fmt: skip
-    return Launch(
-        window_forward, programs, *arguments, chunks, length, scale * _LOG2E,
-        R=chain.R, MERGE=merge, **constants, **options,
-    )  # fmt: skip
-
-
-def _forward_by_roles(
-    chain: Chain, run: Run, chosen: ForwardRoles, merge: bool,
-    q: Operand, k: Operand, v: Operand, out: Operand, lse: Operand, scale: float,
-) -> Launch:  # fmt: skip
-    B, S, H, _ = q.shape
-    described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, out)]
-    # What a program costs beyond its tiles: half of the keys before them, and some two to begin and to end.
-    halo = -(-chain.R // ROLES_TILE) // 2 + 2
-    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, q.device)
-    return Launch(
-        window_forward_by_roles, chunks * B * run.heads,
-        *described, lse, S, H, run.head, run.heads, chunks, length, scale * _LOG2E,
-        R=chain.R, NKV=chosen.keys, GROUPS=chosen.groups, REGISTERS=chosen.registers, MERGE=merge, num_warps=4,
-    )  # fmt: skip
-
-
-def _walk_backward(
-    chain: Chain, run: Run, chosen: Walk, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
-    tensors: list[Operand], scale: float,
-) -> Launch:  # fmt: skip
-    """tensors: q, k, v, out, lse, dout, dlse, delta, dq, dk, dv."""
-    q, v = tensors[0], tensors[2]
-    B, S, H, Dqk = q.shape
-    Dv = v.shape[-1]
-    constants = {"BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv), "BT": chosen.tile}
-    tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
-    length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
-    by_pointer = (3,) if chain.strided else ()
-    described = [t if len(t.shape) in by_pointer else descriptor(t, chain, chosen.tile) for t in tensors]
-    options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers, "HAS_DLSE": has_dlse}
-    programs = chunks * B * run.heads
-    arguments = *described, S, H, run.head, run.heads, chunks, length
-    if chain.strided:
-        return Launch(
-            column_backward, programs, *arguments, chain.L, scale * _LOG2E, scale,
-            NEAR=chain.near, R=chain.R, NT=-(-chain.N // chosen.tile), STORE_DELTA=store_delta, **constants, **options,
-        )  # fmt: skip
-    return Launch(
-        window_backward, programs, *arguments, scale * _LOG2E, scale,
-        R=chain.R, ADD=add, DELTA_HERE=delta_here, **constants, **options,
-    )  # fmt: skip
-
-
-def _backward_by_roles(
-    chain: Chain, run: Run, chosen: Roles, add: bool, tensors: list[Operand], scale: float
-) -> Launch:
-    """tensors: as of `_walk_backward`."""
-    q, k, v, _, lse, dout, _, delta, *gradients = tensors
-    B, S, H, _ = q.shape
-    by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
-    # What a walk costs beyond its tiles: those it begins with, and some two to begin and to end.
-    halo = -(-chain.R // ROLES_TILE) + 2
-    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, lse.device)
-    return Launch(
-        window_backward_by_roles, chunks * B * run.heads,
-        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:],
-        S, H, run.head, run.heads, chunks, length, scale * _LOG2E, scale,
-        R=chain.R, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, ADD=add,
-        num_warps=4,
-    )  # fmt: skip
 
 
 def backward(
@@ -359,13 +195,10 @@ def plan_backward(
         chains = _passes(run, S)
         compact = bool(run.summary or run.tokens)
         tilings = [_tiling("backward", chain, q, v) for chain in chains]
-        walks = [_walk("backward", chain, q, v, k, out, dout, dq, dk, dv) for chain in chains]
-        by_roles = [
-            roles(chain.R, Dqk, Dv) if _takes_roles(chain, q, k, v, out, dout, dq, dk, dv) else None for chain in chains
-        ]
+        ways = [way_backward(chain, tensors) for chain in chains]
         # Where the first pass sees each query once, it makes delta on the way; a window alone makes it where needed.
-        single_first = tilings[0].single or (walks[0] is not None and chains[0].strided)
-        alone = chains[0].part == "window" and len(chains) == 1 and by_roles[0] is None
+        single_first = tilings[0].single or (ways[0] is not None and chains[0].strided)
+        alone = chains[0].part == "window" and len(chains) == 1 and not isinstance(ways[0], Roles)
         here = single_first or alone
         if not here:
             rows = 64
@@ -376,15 +209,12 @@ def plan_backward(
             )  # fmt: skip
             launches.append(launch)
         for turn, (chain, (chosen, tiles, per, advance, single)) in enumerate(zip(chains, tilings, strict=True)):
-            if (by_role := by_roles[turn]) is not None:
-                launches.append(_backward_by_roles(chain, run, by_role, turn > 0, tensors, scale))
-                continue
-            if (walked := walks[turn]) is not None:
+            if (way := ways[turn]) is not None:
                 store_delta = len(chains) > 1 or compact
-                launch = _walk_backward(
-                    chain, run, walked, turn > 0, here and turn == 0, store_delta, has_dlse, tensors, scale
+                along = backward_along(
+                    chain, run, way, turn > 0, here and turn == 0, store_delta, has_dlse, tensors, scale
                 )
-                launches.append(launch)
+                launches.append(along)
                 continue
             copied = copies_tiles(chosen, chain, q, k, v, dout)
             sum_copied = copies_summary(run, chosen, chain, k, v)
@@ -400,7 +230,7 @@ def plan_backward(
                 *own, *by_keys, *by_summary, out, lse, dlse, delta, *numbers_of, dq, dk, dv,
                 *q.strides[:3], *k.strides[:3], *v.strides[:3], *out.strides[:3], *dout.strides[:3],
                 *dq.strides[:3], *dk.strides[:3], *dv.strides[:3],
-                S, H, run.head, run.heads, tiles, per, scale * _LOG2E, scale,
+                S, H, run.head, run.heads, tiles, per, scale * LOG2E.value, scale,
                 advance, chain.N, chain.R, chain.near, chain.L, chain.tokens, *chain.skip, run.slot, run.slot_step,
                 **constants, BT=chosen.rows, BN=chosen.keys,
                 CHAIN=chain.present, STRIDED=chain.strided, GROUPED=chain.grouped, SINGLE=single,
@@ -409,7 +239,7 @@ def plan_backward(
                 STORE_DELTA=here and turn == 0 and (len(chains) > 1 or compact),
                 HAS_DLSE=has_dlse, FAR=chain.near > 1,
                 REACHES=not chain.grouped and chosen.rows - 1 <= chain.R and not (chain.strided and chain.tokens),
-                HEAVY_LAST=chain.part in _COMPACT, COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
+                HEAVY_LAST=chain.part in COMPACT, COPIED=copied, SUM_COPIED=sum_copied, STAGES=chosen.stages,
                 num_warps=chosen.warps, maxnreg=chosen.registers,
             )  # fmt: skip
             launches.append(launch)
@@ -427,7 +257,7 @@ def plan_backward(
                 compact_backward, tiles * B * run.heads,
                 by_rows[0], k, v, lse, by_rows[1], delta, *numbers_of, dk, dv,
                 *q.strides[:3], *k.strides[:3], *v.strides[:3], *dout.strides[:3], *dk.strides[:3], *dv.strides[:3],
-                S, H, run.head, run.heads, tiles, scale * _LOG2E, scale,
+                S, H, run.head, run.heads, tiles, scale * LOG2E.value, scale,
                 rows_chain.N, rows_chain.R, run.tokens, run.slot, run.slot_step,
                 **constants, BM=chosen.rows, BN=chosen.keys,
                 CHAIN=rows_chain.present, GROUPED=rows_chain.grouped,

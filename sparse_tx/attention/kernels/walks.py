@@ -1,0 +1,194 @@
+"""Launches of the kernels whose programs go along many tiles, and which passes take them.
+
+A program of `attention_forward` or `chain_backward` has one tile and visits those that it meets. One of these goes
+along a window tile by tile, or along columns one by one, and visits each pair of tiles once: as a walk, or by warps
+with roles on GPUs that have what these need. How many tiles it goes along follows from how many programs fill the GPU.
+
+tensors: all of the pass in the order of launch.py: q, k, v, out, lse, and backward dout, dlse, delta, dq, dk, dv too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sparse_tx.attention.kernels import has_roles, multiprocessors
+from sparse_tx.attention.kernels.column import column_backward, column_forward
+from sparse_tx.attention.kernels.configs import (
+    MOST_BACK,
+    MOST_TILES,
+    ROLES_TILE,
+    ForwardRoles,
+    Roles,
+    Walk,
+    forward_roles,
+    part_of,
+    power_of_two,
+    roles,
+    walk,
+)
+from sparse_tx.attention.kernels.copies import can_copy, descriptor
+from sparse_tx.attention.kernels.handles import Launch, Operand
+from sparse_tx.attention.kernels.plan import Chain, Run
+from sparse_tx.attention.kernels.roles import window_backward_by_roles
+from sparse_tx.attention.kernels.roles_forward import window_forward_by_roles
+from sparse_tx.attention.kernels.tiles import LOG2E
+from sparse_tx.attention.kernels.window import window_backward, window_forward
+
+
+def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand], scale: float) -> Launch | None:
+    """None where tiles of their own do better, or must do it."""
+    q, _, v, *_ = tensors
+    by_roles = forward_roles(chain.R, q.shape[-1], v.shape[-1]) if _takes_roles(chain, tensors) else None
+    if by_roles is not None:
+        return _forward_by_roles(chain, run, by_roles, merge, tensors, scale)
+    walked = _walk("forward", chain, tensors)
+    return None if walked is None else _walk_forward(chain, run, walked, merge, tensors, scale)
+
+
+def way_backward(chain: Chain, tensors: Sequence[Operand]) -> Roles | Walk | None:
+    """How `backward_along` goes; None where tiles of their own do better, or must do it."""
+    q, _, v, *_ = tensors
+    by_roles = roles(chain.R, q.shape[-1], v.shape[-1]) if _takes_roles(chain, tensors) else None
+    return _walk("backward", chain, tensors) if by_roles is None else by_roles
+
+
+def backward_along(
+    chain: Chain, run: Run, way: Roles | Walk, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
+    tensors: Sequence[Operand], scale: float,
+) -> Launch:  # fmt: skip
+    """way: of `way_backward`. delta_here: whether this pass makes delta, which warps with roles never do."""
+    if isinstance(way, Roles):
+        return _backward_by_roles(chain, run, way, add, tensors, scale)
+    return _walk_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
+
+
+def _can_copy(chain: Chain, tensors: Sequence[Operand]) -> bool:
+    """Whether the copy engine can bring all that is read or written by rows."""
+    return can_copy(chain, *(t for t in tensors if len(t.shape) == 4))
+
+
+def _takes_roles(chain: Chain, tensors: Sequence[Operand]) -> bool:
+    """Whether these of a pass suit warps with roles: a window alone or beside a column."""
+    return chain.part == "window" and has_roles(tensors[0].device) and _can_copy(chain, tensors)
+
+
+def _walk(kernel: str, chain: Chain, tensors: Sequence[Operand]) -> Walk | None:
+    """How to walk this pass with one program for many tiles; None where that loses, or cannot be."""
+    q, _, v, *_ = tensors
+    plain = chain.tokens == 0 and chain.skip == (0, 0)
+    if chain.part not in ("window", "column") or not plain or q.dtype.itemsize != 2:
+        return None
+    chosen = walk(kernel, part_of(chain), q.shape[-1], v.shape[-1])
+    if chosen is None:
+        return None
+    if chain.strided:
+        fits = -(-chain.N // chosen.tile) <= MOST_TILES
+    else:
+        fits = -(-chain.R // chosen.tile) <= MOST_BACK
+    if not fits:
+        return None
+    return chosen if _can_copy(chain, tensors) else None
+
+
+def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
+    """Tiles a program walks along, and programs along them; `rest` other programs run beside each."""
+    length = max(1, -(-tiles * rest // (chosen.programs * multiprocessors(device.index))))
+    return length, -(-tiles // length)
+
+
+def _chunks(tiles: int, rest: int, halo: int, device: torch.device) -> tuple[int, int]:
+    """As `_spread`, where a multiprocessor has one program at a time: the fewest tiles one after the other, of which
+    each chunk has `halo` more than its own.
+    """
+    most = multiprocessors(device.index)
+
+    def cost(chunks: int) -> int:
+        return -(-chunks * rest // most) * (-(-tiles // chunks) + halo)
+
+    length = -(-tiles // min(range(1, min(tiles, most) + 1), key=cost))
+    return length, -(-tiles // length)
+
+
+def _walk_forward(
+    chain: Chain, run: Run, chosen: Walk, merge: bool, tensors: Sequence[Operand], scale: float
+) -> Launch:
+    q, k, v, out, lse = tensors
+    B, S, H, Dqk = q.shape
+    Dv = v.shape[-1]
+    constants = {"BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv), "BT": chosen.tile}
+    tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
+    length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
+    arguments = *(descriptor(t, chain, chosen.tile) for t in (q, k, v, out)), lse, S, H, run.head, run.heads
+    options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers}
+    programs = chunks * B * run.heads
+    if chain.strided:
+        return Launch(
+            column_forward, programs, *arguments, chunks, length, chain.L, scale * LOG2E.value,
+            NEAR=chain.near, R=chain.R, NT=-(-chain.N // chosen.tile), **constants, **options,
+        )  # fmt: skip
+    return Launch(
+        window_forward, programs, *arguments, chunks, length, scale * LOG2E.value,
+        R=chain.R, MERGE=merge, **constants, **options,
+    )  # fmt: skip
+
+
+def _forward_by_roles(
+    chain: Chain, run: Run, chosen: ForwardRoles, merge: bool, tensors: Sequence[Operand], scale: float
+) -> Launch:
+    q, k, v, out, lse = tensors
+    B, S, H, _ = q.shape
+    described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, out)]
+    # What a program costs beyond its tiles: half of the keys before them, and some two to begin and to end.
+    halo = -(-chain.R // ROLES_TILE) // 2 + 2
+    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, q.device)
+    return Launch(
+        window_forward_by_roles, chunks * B * run.heads,
+        *described, lse, S, H, run.head, run.heads, chunks, length, scale * LOG2E.value,
+        R=chain.R, NKV=chosen.keys, GROUPS=chosen.groups, REGISTERS=chosen.registers, MERGE=merge, num_warps=4,
+    )  # fmt: skip
+
+
+def _walk_backward(
+    chain: Chain, run: Run, chosen: Walk, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
+    tensors: Sequence[Operand], scale: float,
+) -> Launch:  # fmt: skip
+    q, v = tensors[0], tensors[2]
+    B, S, H, Dqk = q.shape
+    Dv = v.shape[-1]
+    constants = {"BDQ": power_of_two(Dqk), "BDV": power_of_two(Dv), "BT": chosen.tile}
+    tiles = min(chain.L, S) if chain.strided else -(-S // chosen.tile)
+    length, chunks = _spread(tiles, B * run.heads, chosen, q.device)
+    by_pointer = (3,) if chain.strided else ()
+    described = [t if len(t.shape) in by_pointer else descriptor(t, chain, chosen.tile) for t in tensors]
+    options = {"STAGES": chosen.stages, "num_warps": chosen.warps, "maxnreg": chosen.registers, "HAS_DLSE": has_dlse}
+    programs = chunks * B * run.heads
+    arguments = *described, S, H, run.head, run.heads, chunks, length
+    if chain.strided:
+        return Launch(
+            column_backward, programs, *arguments, chain.L, scale * LOG2E.value, scale,
+            NEAR=chain.near, R=chain.R, NT=-(-chain.N // chosen.tile), STORE_DELTA=store_delta, **constants, **options,
+        )  # fmt: skip
+    return Launch(
+        window_backward, programs, *arguments, scale * LOG2E.value, scale,
+        R=chain.R, ADD=add, DELTA_HERE=delta_here, **constants, **options,
+    )  # fmt: skip
+
+
+def _backward_by_roles(
+    chain: Chain, run: Run, chosen: Roles, add: bool, tensors: Sequence[Operand], scale: float
+) -> Launch:
+    q, k, v, _, lse, dout, _, delta, *gradients = tensors
+    B, S, H, _ = q.shape
+    by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
+    # What a walk costs beyond its tiles: those it begins with, and some two to begin and to end.
+    halo = -(-chain.R // ROLES_TILE) + 2
+    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, lse.device)
+    return Launch(
+        window_backward_by_roles, chunks * B * run.heads,
+        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:],
+        S, H, run.head, run.heads, chunks, length, scale * LOG2E.value, scale,
+        R=chain.R, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, ADD=add,
+        num_warps=4,
+    )  # fmt: skip
