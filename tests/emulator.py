@@ -395,6 +395,7 @@ COMMON = {
     "NVMMADistributedLayout": lambda *_: None,
     "SliceLayout": lambda *_: None,
     "DotOperandLayout": lambda *_: None,
+    "BlockedLayout": lambda *_: None,
     "NVMMASharedLayout": SimpleNamespace(get_default_for=lambda *_: None),
     "SwizzledSharedLayout": lambda *_: None,
     "float32": torch.float32,

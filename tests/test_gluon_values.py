@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import emulator
-from test_kernels_compile import KERNELS
+from test_kernels_compile import KERNELS, warps_of
 from torch.nn.functional import layer_norm, linear
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -105,6 +105,33 @@ def test_attention_by_roles_is_as_near_the_truth_as_dense_torch(attention, case)
         assert relative(a, b) <= 2 * relative(c, b) + 1e-6, name
     assert attention.kernels["window_backward_by_roles"].launched
     assert attention.kernels["window_forward_by_roles"].launched or given[0].shape[-1] < 64
+
+
+ALONE = [
+    ([Window(128)] * 4, 420, 32, 32, torch.bfloat16),
+    ([Window(40)] * 8, 300, 32, 32, torch.float16),
+    ([Column(16)] * 4, 16 * 23, 32, 32, torch.bfloat16),
+    ([Column(8, reach=5)] * 4, 8 * 100, 32, 32, torch.float16),
+    ([Window(16) | Column(16)] * 4, 16 * 96, 32, 32, torch.bfloat16),
+    ([Window(96) | Column(96, reach=3)] * 4, 96 * 6, 32, 32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_attention_by_warps_that_work_alone_is_as_near_the_truth_as_dense_torch(monkeypatch, attention, pauses, case):
+    warps_of(monkeypatch)
+    patterns, _, _, _, dtype = case
+    given = inputs(*case, B=2)
+    found = attention(*given, patterns)
+    exact, dense = (reference(*given, patterns, t) for t in (torch.float64, dtype))
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), found, exact, dense, strict=True):
+        seen = torch.isfinite(b)
+        assert torch.equal(seen, torch.isfinite(a)), name
+        assert relative(a[seen], b[seen]) <= 2 * relative(c[seen], b[seen]) + 1e-6, name
+    launched = {name for name, kernel in attention.kernels.items() if kernel.launched}
+    assert all(name.endswith("by_warps") for name in launched - {"attention_delta"})
+    pauses(0)
+    assert all(map(torch.equal, found, attention(*given, patterns)))
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)

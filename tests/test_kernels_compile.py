@@ -27,6 +27,7 @@ KERNELS = {  # by the module that launches them
     "walks": (
         "window_forward", "window_backward", "column_forward", "column_backward",
         "window_forward_by_roles", "window_backward_by_roles",
+        "window_forward_by_warps", "window_backward_by_warps", "column_forward_by_warps", "column_backward_by_warps",
     ),
 }  # fmt: skip
 
@@ -65,6 +66,17 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2, roles=Tr
     monkeypatch.undo()
     launch.forget_plans()
     return found
+
+
+def warps_of(monkeypatch):
+    """Have heads 32 wide taken by warps that work alone."""
+    from sparse_tx.attention.kernels import configs
+
+    chosen = {
+        ("forward", "window"): configs.Warps(4, 2, 2), ("backward", "window"): configs.Warps(2, 3),
+        ("forward", "column"): configs.Warps(4, 2), ("backward", "column"): configs.Warps(2, 3),
+    }  # fmt: skip
+    monkeypatch.setattr(configs, "WARPS", {(*key, 32, 32): value for key, value in chosen.items()})
 
 
 def compiled(kernel, args, named, capability):
@@ -138,6 +150,40 @@ def test_windows_without_roles_compile_with_the_copy_engine_too(monkeypatch, cas
     assert "window_backward_by_roles" in names
     assert ("window_forward_by_roles" in names) != narrow
     assert ("window_backward" if narrow else "chain_backward") in names
+
+
+@pytest.mark.parametrize(
+    "patterns", [(Window(128) | Column(128),) * 4, (Window(100),) * 4 + (Column(128),) * 4], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_warps_that_work_alone_compile_and_fit_shared_memory(monkeypatch, patterns, dtype):
+    warps_of(monkeypatch)
+    found = launches(monkeypatch, patterns, 12288, 32, 32, dtype, 90)
+    alone = [n for n in KERNELS["walks"] if n.endswith("by_warps")]
+    assert sorted({kernel.__name__ for kernel, _, _ in found} - {"attention_delta"}) == sorted(alone)
+    for kernel, args, named in found:
+        binary = compiled(kernel, args, named, 90)
+        assert binary.metadata.shared <= SHARED_KIB[90] * 1024
+        if kernel.__name__ in alone:
+            assert "mma.sync" in binary.asm["ptx"]
+
+
+def test_warps_work_alone_where_their_kernels_can(monkeypatch):
+    cases = {
+        "as it should be": ((Window(128) | Column(128),) * 4, 12288, 32, 32, torch.bfloat16),
+        "a longer window": ((Window(200),) * 4, 12288, 32, 32, torch.bfloat16),
+        "long columns": ((Column(64),) * 4, 12288, 32, 32, torch.bfloat16),
+        "heads that are no group": ((Window(128),) * 3, 12288, 32, 32, torch.bfloat16),
+        "global keys": ((Window(128) | Global(4),) * 4, 12288, 32, 32, torch.bfloat16),
+        "wider heads": ((Window(128),) * 4, 12288, 64, 64, torch.bfloat16),
+        "32 bits": ((Window(128),) * 4, 12288, 32, 32, torch.float32),
+    }
+    taken = set()
+    for name, case in cases.items():
+        warps_of(monkeypatch)
+        if any(kernel.__name__.endswith("by_warps") for kernel, _, _ in launches(monkeypatch, *case, 90)):
+            taken.add(name)
+    assert taken == {"as it should be"}
 
 
 def test_what_triton_compiled_is_launched_again_with_all_arguments_in_place():

@@ -42,6 +42,15 @@ class ForwardRoles(NamedTuple):
     registers: int  # of a thread of theirs
 
 
+class Warps(NamedTuple):
+    """Of a kernel whose warps work alone."""
+
+    warps: int  # of a program, each with a head
+    programs: int  # on a multiprocessor, over which all is spread
+    early: int = 1  # blocks of a window that are brought before their step
+    registers: int | None = None
+
+
 COMPACT = "fixed", "summary"  # parts with keys of a compact list
 _LONG = 512  # keys of a window
 
@@ -123,6 +132,23 @@ def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     tile = 2 * ROLES_TILE * (Dqk + Dv)
     fits = (back + 1 + groups + groups) * tile <= _SHARED
     return ForwardRoles(back + groups, groups, 160 if groups == 3 else 232) if fits else None
+
+
+BLOCK_ROWS = 16  # queries or keys of a block of warps that work alone
+# (kernel, part, Dqk, Dv) -> Warps, of 16 bits. Empty: their values are tested (tests/test_gluon_values.py), but they
+# have not been timed on a GPU. What fits shared memory and registers for heads 32 wide: ("forward", "window"): Warps(4,
+# 2, 2), ("backward", "window"): Warps(2, 3), ("forward", "column"): Warps(4, 2), ("backward", "column"): Warps(2, 3).
+WARPS: dict[tuple[str, str, int, int], Warps] = {}
+_MOST_BLOCKS = 8  # that a window reaches back, and of a column
+
+
+def warps(kernel: str, chain: Chain, heads: int, Dqk: int, Dv: int) -> Warps | None:
+    """For so many heads of a window alone or beside a column, or of a short column; None if they have no such form."""
+    chosen = WARPS.get((kernel, chain.part, Dqk, Dv))
+    entries = chain.N if chain.strided else chain.R
+    if chosen is None or heads % chosen.warps or entries > _MOST_BLOCKS * BLOCK_ROWS:
+        return None
+    return chosen
 
 
 def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:

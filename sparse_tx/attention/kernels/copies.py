@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_tx.attention.kernels import has_copy_engine
-from sparse_tx.attention.kernels.configs import Config, power_of_two
+from sparse_tx.attention.kernels.configs import BLOCK_ROWS, Config, power_of_two
 from sparse_tx.attention.kernels.handles import Described, Operand
 from sparse_tx.attention.kernels.plan import Chain, Run
 
@@ -49,6 +49,18 @@ def descriptor(t: Operand, chain: Chain, rows: int) -> Described:
 def rows_descriptor(t: Operand, chain: Chain, rows: int) -> Described:
     """Of t (B, S, H, D) as (B, H, L, S / L, D), where L = 1 for the whole sequence, in blocks of `rows`."""
     return descriptor(t, chain._replace(strided=True), rows)
+
+
+def heads_descriptor(t: Operand, chain: Chain, heads: int) -> Described:
+    """For warps that work alone, 16 rows of so many heads at a time: of t (B, S, H, D) as (B, H, S, D), or of its
+    columns as (B, L, H, S / L, D).
+    """
+    B, S, H, D = t.shape
+    b, s, h = t.strides[:3]
+    if chain.strided:
+        L = chain.L
+        return Described(t, [B, L, H, S // L, D], [b, s, h, s * L, 1], [1, 1, heads, BLOCK_ROWS, D], True)
+    return Described(t, [B, H, S, D], [b, h, s, 1], [1, heads, BLOCK_ROWS, D], True)
 
 
 def summary_descriptor(t: Operand, run: Run, keys: int) -> Described:

@@ -15,7 +15,7 @@ from sparse_tx.attention.kernels import (
     is_large,
 )
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
-from sparse_tx.attention.kernels.configs import COMPACT, Config, Roles, config, part_of, power_of_two
+from sparse_tx.attention.kernels.configs import COMPACT, Config, Roles, Warps, config, part_of, power_of_two
 from sparse_tx.attention.kernels.copies import (
     copies_summary,
     copies_tiles,
@@ -195,10 +195,10 @@ def plan_backward(
         chains = _passes(run, S)
         compact = bool(run.summary or run.tokens)
         tilings = [_tiling("backward", chain, q, v) for chain in chains]
-        ways = [way_backward(chain, tensors) for chain in chains]
+        ways = [way_backward(chain, run, tensors) for chain in chains]
         # Where the first pass sees each query once, it makes delta on the way; a window alone makes it where needed.
         single_first = tilings[0].single or (ways[0] is not None and chains[0].strided)
-        alone = chains[0].part == "window" and len(chains) == 1 and not isinstance(ways[0], Roles)
+        alone = chains[0].part == "window" and len(chains) == 1 and not isinstance(ways[0], (Roles, Warps))
         here = single_first or alone
         if not here:
             rows = 64

@@ -1,8 +1,9 @@
 """Launches of the kernels whose programs go along many tiles, and which passes take them.
 
 A program of `attention_forward` or `chain_backward` has one tile and visits those that it meets. One of these goes
-along a window tile by tile, or along columns one by one, and visits each pair of tiles once: as a walk, or by warps
-with roles on GPUs that have what these need. How many tiles it goes along follows from how many programs fill the GPU.
+along a window tile by tile, or along columns one by one: as a walk, which visits each pair of tiles once, or on GPUs
+that have what these need by warps with roles, or of narrow heads by warps that work alone. How many tiles it goes along
+follows from how many programs fill the GPU.
 
 tensors: all of the pass in the order of launch.py: q, k, v, out, lse, and backward dout, dlse, delta, dq, dk, dv too.
 """
@@ -16,30 +17,37 @@ import torch
 from sparse_tx.attention.kernels import has_roles, multiprocessors
 from sparse_tx.attention.kernels.column import column_backward, column_forward
 from sparse_tx.attention.kernels.configs import (
+    BLOCK_ROWS,
     MOST_BACK,
     MOST_TILES,
     ROLES_TILE,
     ForwardRoles,
     Roles,
     Walk,
+    Warps,
     forward_roles,
     part_of,
     power_of_two,
     roles,
     walk,
+    warps,
 )
-from sparse_tx.attention.kernels.copies import can_copy, descriptor
+from sparse_tx.attention.kernels.copies import can_copy, descriptor, heads_descriptor
 from sparse_tx.attention.kernels.handles import Launch, Operand
 from sparse_tx.attention.kernels.plan import Chain, Run
 from sparse_tx.attention.kernels.roles import window_backward_by_roles
 from sparse_tx.attention.kernels.roles_forward import window_forward_by_roles
 from sparse_tx.attention.kernels.tiles import LOG2E
+from sparse_tx.attention.kernels.warps import window_backward_by_warps, window_forward_by_warps
+from sparse_tx.attention.kernels.warps_column import column_backward_by_warps, column_forward_by_warps
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
 
 def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand], scale: float) -> Launch | None:
     """None where tiles of their own do better, or must do it."""
     q, _, v, *_ = tensors
+    if (alone := _takes_warps("forward", chain, run, tensors)) is not None:
+        return _forward_by_warps(chain, run, alone, merge, tensors, scale)
     by_roles = forward_roles(chain.R, q.shape[-1], v.shape[-1]) if _takes_roles(chain, tensors) else None
     if by_roles is not None:
         return _forward_by_roles(chain, run, by_roles, merge, tensors, scale)
@@ -47,20 +55,24 @@ def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand
     return None if walked is None else _walk_forward(chain, run, walked, merge, tensors, scale)
 
 
-def way_backward(chain: Chain, tensors: Sequence[Operand]) -> Roles | Walk | None:
+def way_backward(chain: Chain, run: Run, tensors: Sequence[Operand]) -> Roles | Walk | Warps | None:
     """How `backward_along` goes; None where tiles of their own do better, or must do it."""
     q, _, v, *_ = tensors
+    if (alone := _takes_warps("backward", chain, run, tensors)) is not None:
+        return alone
     by_roles = roles(chain.R, q.shape[-1], v.shape[-1]) if _takes_roles(chain, tensors) else None
     return _walk("backward", chain, tensors) if by_roles is None else by_roles
 
 
 def backward_along(
-    chain: Chain, run: Run, way: Roles | Walk, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
+    chain: Chain, run: Run, way: Roles | Walk | Warps, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
     tensors: Sequence[Operand], scale: float,
 ) -> Launch:  # fmt: skip
-    """way: of `way_backward`. delta_here: whether this pass makes delta, which warps with roles never do."""
+    """way: of `way_backward`. delta_here: whether this pass makes delta, which only walks do of a window."""
     if isinstance(way, Roles):
         return _backward_by_roles(chain, run, way, add, tensors, scale)
+    if isinstance(way, Warps):
+        return _backward_by_warps(chain, run, way, add, store_delta, has_dlse, tensors, scale)
     return _walk_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
 
 
@@ -72,6 +84,15 @@ def _can_copy(chain: Chain, tensors: Sequence[Operand]) -> bool:
 def _takes_roles(chain: Chain, tensors: Sequence[Operand]) -> bool:
     """Whether these of a pass suit warps with roles: a window alone or beside a column."""
     return chain.part == "window" and has_roles(tensors[0].device) and _can_copy(chain, tensors)
+
+
+def _takes_warps(kernel: str, chain: Chain, run: Run, tensors: Sequence[Operand]) -> Warps | None:
+    """How this pass goes by warps that work alone; None where it does not."""
+    q, _, v, *_ = tensors
+    plain = chain.tokens == 0 and chain.skip == (0, 0)
+    if not (plain and has_roles(q.device) and _can_copy(chain, tensors)):
+        return None
+    return warps(kernel, chain, run.heads, q.shape[-1], v.shape[-1])
 
 
 def _walk(kernel: str, chain: Chain, tensors: Sequence[Operand]) -> Walk | None:
@@ -92,7 +113,7 @@ def _walk(kernel: str, chain: Chain, tensors: Sequence[Operand]) -> Walk | None:
     return chosen if _can_copy(chain, tensors) else None
 
 
-def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
+def _spread(tiles: int, rest: int, chosen: Walk | Warps, device: torch.device) -> tuple[int, int]:
     """Tiles a program walks along, and programs along them; `rest` other programs run beside each."""
     length = max(1, -(-tiles * rest // (chosen.programs * multiprocessors(device.index))))
     return length, -(-tiles // length)
@@ -191,4 +212,52 @@ def _backward_by_roles(
         S, H, run.head, run.heads, chunks, length, scale * LOG2E.value, scale,
         R=chain.R, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, ADD=add,
         num_warps=4,
+    )  # fmt: skip
+
+
+def _along(chain: Chain, run: Run, chosen: Warps, q: Operand) -> tuple[int, tuple[int, ...], dict[str, object]]:
+    """Programs, numbers and constants of a launch by warps that work alone, heads in groups of neighbours."""
+    B, S, H, _ = q.shape
+    groups = run.heads // chosen.warps
+    steps = min(chain.L, S) if chain.strided else -(-S // BLOCK_ROWS)
+    length, chunks = _spread(steps, B * groups, chosen, q.device)
+    numbers = S, H, run.head, groups, chunks, length
+    constants: dict[str, object] = {"R": chain.R, "num_warps": chosen.warps, "maxnreg": chosen.registers}
+    if chain.strided:
+        return (
+            chunks * B * groups,
+            (*numbers, chain.L),
+            {"NEAR": chain.near, "NB": -(-chain.N // BLOCK_ROWS), **constants},
+        )
+    return chunks * B * groups, numbers, {"RING": -(-chain.R // BLOCK_ROWS) + 1 + chosen.early, **constants}
+
+
+def _forward_by_warps(
+    chain: Chain, run: Run, chosen: Warps, merge: bool, tensors: Sequence[Operand], scale: float
+) -> Launch:
+    programs, numbers, constants = _along(chain, run, chosen, tensors[0])
+    described = [heads_descriptor(t, chain, chosen.warps) for t in tensors[:4]]
+    kernel = column_forward_by_warps if chain.strided else window_forward_by_warps
+    if not chain.strided:
+        constants["MERGE"] = merge
+    return Launch(kernel, programs, *described, tensors[4], *numbers, scale * LOG2E.value, **constants)
+
+
+def _backward_by_warps(
+    chain: Chain, run: Run, chosen: Warps, add: bool, store_delta: bool, has_dlse: bool,
+    tensors: Sequence[Operand], scale: float,
+) -> Launch:  # fmt: skip
+    lse, dlse, delta = tensors[4], *tensors[6:8]
+    programs, numbers, constants = _along(chain, run, chosen, tensors[0])
+    rows = [heads_descriptor(t, chain, chosen.warps) for t in tensors if len(t.shape) == 4]
+    q, k, v, out, dout, *gradients = rows
+    scales = scale * LOG2E.value, scale
+    if chain.strided:
+        return Launch(
+            column_backward_by_warps, programs, q, k, v, out, lse, dout, dlse, delta, *gradients, *numbers, *scales,
+            STORE_DELTA=store_delta, HAS_DLSE=has_dlse, **constants,
+        )  # fmt: skip
+    return Launch(
+        window_backward_by_warps, programs, q, k, v, lse, dout, delta, *gradients, *numbers, *scales,
+        ADD=add, **constants,
     )  # fmt: skip
