@@ -112,6 +112,7 @@ ALONE = [
     ([Window(40)] * 8, 300, 32, 32, torch.float16),
     ([Column(16)] * 4, 16 * 23, 32, 32, torch.bfloat16),
     ([Column(8, reach=5)] * 4, 8 * 100, 32, 32, torch.float16),
+    ([Column(24)] * 2, 24 * 20, 64, 128, torch.bfloat16),
     ([Window(16) | Column(16)] * 4, 16 * 96, 32, 32, torch.bfloat16),
     ([Window(96) | Column(96, reach=3)] * 4, 96 * 6, 32, 32, torch.bfloat16),
 ]

@@ -69,14 +69,16 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2, roles=Tr
 
 
 def warps_of(monkeypatch):
-    """Have heads 32 wide taken by warps that work alone."""
+    """Have windows and columns of heads 32 wide, and columns of wider ones, taken by warps that work alone."""
     from sparse_tx.attention.kernels import configs
 
     chosen = {
         ("forward", "window"): configs.Warps(4, 2, 2), ("backward", "window"): configs.Warps(2, 3),
         ("forward", "column"): configs.Warps(4, 2), ("backward", "column"): configs.Warps(2, 3),
     }  # fmt: skip
-    monkeypatch.setattr(configs, "WARPS", {(*key, 32, 32): value for key, value in chosen.items()})
+    table = {(*key, 32, 32): value for key, value in chosen.items()}
+    table |= {(kernel, "column", 64, 128): configs.Warps(2, 3) for kernel in ("forward", "backward")}
+    monkeypatch.setattr(configs, "WARPS", table)
 
 
 def compiled(kernel, args, named, capability):
