@@ -50,7 +50,10 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
     for m, (inputs, stages) in itertools.product((16, 32), ((64, 4), (64, 6), (128, 2), (128, 3))):
         tile = configs.Between(m, inputs, stages)
         yield f"between: {m} rows, {stages} tiles of {inputs} inputs", {"between": lambda *_, t=tile: t}
-    apart = {"between": lambda *_: None}
+    if rows <= 512:
+        cut = lambda rows, width, ff, itemsize: -(-ff // configs.SHARE_UNITS)  # noqa: E731
+        yield "three launches a layer: shares", {"shares": cut}
+    apart = {"between": lambda *_: None, "shares": lambda *_: 0}
     yield "five launches a layer", apart
     for m, n, warps in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8)):
         chosen = lambda *a, t=(m, n), w=warps: _tile(*a, t)._replace(warps=w)  # noqa: E731

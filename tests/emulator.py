@@ -9,6 +9,7 @@ can show.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -362,7 +363,7 @@ def _of_block(function):
     return lambda x, *_, **__: Block(function(raw(x)))
 
 
-_now = {"program": 0, "programs": 1}
+_now = {"program": (0,), "programs": (1,)}
 
 COMMON = {
     "arange": lambda start, end, layout=None: Block(torch.arange(start, end)),
@@ -382,8 +383,8 @@ COMMON = {
     "max": lambda x, axis: Block(x.data.amax(axis)),
     "static_range": lambda *bounds: (Int(i) for i in range(*bounds)),
     "range": lambda *bounds, **_: (Int(i) for i in range(*bounds)),
-    "program_id": lambda axis: Int(_now["program"]),
-    "num_programs": lambda axis: Int(_now["programs"]),
+    "program_id": lambda axis: Int(_now["program"][axis]),
+    "num_programs": lambda axis: Int(_now["programs"][axis]),
     "cdiv": lambda a, b: Int(-(-a // b)),
     "convert_layout": lambda x, layout: x,
     "multiple_of": lambda x, _: x,
@@ -469,8 +470,8 @@ class Emulated:
             named = {name: x for name, x in named.items() if name not in OPTIONS}
             names = [name for name in self.kernel.arg_names if name not in named]
             given = dict(zip(names, map(_given, arguments), strict=True))
-            _now["programs"] = grid[0]
-            for program in range(grid[0]):
+            _now["programs"] = grid
+            for program in itertools.product(*map(range, grid)):
                 _now["program"] = program
                 emulated(self.kernel)(**given, **named)
 

@@ -102,10 +102,12 @@ def test_every_launch_of_a_decoding_step_compiles_and_fits(monkeypatch, case, ca
 def test_what_lies_between_two_attentions_compiles_as_one_launch_and_fits_shared_memory(
     monkeypatch, width, ff, rows, dtype
 ):
-    from sparse_tx.model.decode_kernels import configs, hopper, steps
+    from sparse_tx.model.decode_kernels import configs, hopper, shares, steps
 
     found = []
     monkeypatch.setattr(hopper, "between_by_roles", Recorder(hopper.between_by_roles, found))
+    for name in ("feedforward_share", "project_shares"):
+        monkeypatch.setattr(shares, name, Recorder(getattr(shares, name), found))
     with torch.device("meta"):
         model = Transformer(decoded(AttentionSpec("full"), width=width, ff=ff, qk=64))
     weights = [LayerWeights.of(block, dtype) for block in model.blocks]
@@ -113,11 +115,17 @@ def test_what_lies_between_two_attentions_compiles_as_one_launch_and_fits_shared
         model, weights, model.output.weight.to(dtype), stores_of(model.spec, rows, dtype), 36, rows
     )
     chosen = configs.between(rows, width, ff, 2, configs.Gpu(132, SHARED_KIB[90] * 1024))
+    kernels.between = chosen
     for kernels.dependent in (False, True):
         for layer in range(2):  # the last is followed by the logits
-            kernels._between(layer, chosen)
+            kernels._between(layer)
+    kernels.cut = -(-ff // configs.SHARE_UNITS)
+    kernels.of_cut = torch.empty(kernels.cut, rows, width, device="meta")
+    for kernels.dependent in (False, True):
+        for layer in range(2):
+            kernels._between(layer)
     monkeypatch.undo()
-    assert len(found) == 4
+    assert len(found) == 4 + 2 * 4
     for kernel, args, named in found:
         binary = compiled(kernel, args, named, 90)
         assert binary.metadata.shared <= SHARED_KIB[90] * 1024

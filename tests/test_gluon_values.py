@@ -190,13 +190,14 @@ def test_the_wide_feed_forward_has_the_gradients_of_the_formula(training, pauses
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("width", "ff", "activation"), [(256, 512, "gelu"), (200, 264, "relu2"), (40, 600, "gelu")])
-@pytest.mark.parametrize("tile", [(16, 64, 6), (32, 128, 3)])
+@pytest.mark.parametrize("tile", [(16, 64, 6), (32, 128, 3), "shares"], ids=str)
 def test_what_lies_between_two_attentions_is_that_of_plain_layers(
     monkeypatch, pauses, width, ff, activation, tile, dtype
 ):
-    from sparse_tx.model.decode_kernels import configs, hopper
+    from sparse_tx.model.decode_kernels import configs, hopper, shares
 
-    monkeypatch.setattr(hopper, "between_by_roles", emulator.Emulated(hopper.between_by_roles))
+    for module, name in ((hopper, "between_by_roles"), (shares, "feedforward_share"), (shares, "project_shares")):
+        monkeypatch.setattr(module, name, emulator.Emulated(getattr(module, name)))
     torch.manual_seed(0)
     rows, qk = 37, width // 16 * 8
     model = Transformer(ModelSpec("text", 64, 2, width, 2, qk, ff, AttentionSpec("full"), activation=activation))
@@ -219,7 +220,12 @@ def test_what_lies_between_two_attentions_is_that_of_plain_layers(
         if seed is not None:
             pauses(seed)
         stream.copy_(x)
-        hopper.between(out, w, stream, after.attention_norm, after.qkv, y, configs.Between(*tile), 1e-5, True)
+        to = after.attention_norm, after.qkv, y
+        if tile == "shares":
+            cut = torch.full((-(-ff // configs.SHARE_UNITS), rows, width), torch.nan)
+            shares.between(out, w, stream, cut, *to, 1e-5, True)
+        else:
+            hopper.between(out, w, stream, *to, configs.Between(*tile), 1e-5, True)
         h, projected = layers(torch.float64)
         assert relative(stream, h) < 1e-3
         assert relative(y, projected) < 0.004

@@ -79,6 +79,18 @@ def between(rows: int, width: int, ff: int, itemsize: int, gpu: Gpu) -> Between 
     return Between(16 if rows <= 16 * gpu.processors else 32, 64, 6)
 
 
+SHARE_ROWS, SHARE_UNITS = 16, 64  # rows and hidden units of a program of `feedforward_share`
+# Rows up to which programs share a layer's weights: none yet. Values are tested (tests/test_gluon_values.py), but the
+# kernels have not been timed on a GPU.
+SHARED_ROWS = 0
+
+
+def shares(rows: int, width: int, ff: int, itemsize: int) -> int:
+    """Into how many a feed-forward is cut, where all between two attentions is two launches; 0 where it is not."""
+    fits = VECTOR_ROWS < rows <= SHARED_ROWS and width <= _BETWEEN_WIDEST and width % 8 == ff % 8 == 0
+    return -(-ff // SHARE_UNITS) if fits and itemsize == 2 else 0
+
+
 MANY_PROGRAMS = 256
 
 

@@ -4,7 +4,7 @@ No row of the batch asks for another there, so a program takes BM rows through a
 One warp streams the weights through shared memory by the copy engine, from before the kernel ahead has ended; eight
 multiply. Products are transposed, (outputs, rows): tensor cores take 64 outputs by 8 rows or more, not 64 rows.
 
-Names: C width, F hidden units, N outputs of the next projection; a tile is OUTS outputs by DEPTH inputs of a matrix.
+Names: C width, F hidden units, N outputs of the next projection; a tile is WIDEST outputs by DEPTH inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from sparse_tx.model.decode_kernels.configs import Between
 if TYPE_CHECKING:
     from sparse_tx.model.decoder import LayerWeights, Pair
 
-OUTS = 256  # outputs of a tile, and the widest model
+WIDEST = 256  # model, and outputs of a tile
 
 
 @gluon.jit
-def _wait_for_previous(DEPENDENT: gl.constexpr):
+def wait_for_previous(DEPENDENT: gl.constexpr):
     """As `decode.after_previous`, for each role."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -62,7 +62,7 @@ def _bring(
     HIDDEN: gl.constexpr = WIDE // DEPTH
     for part in gl.static_range(PARTS):
         _tile(W, 0, part * DEPTH, part, ring, full, empty, STAGES)
-    _wait_for_previous(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     mbarrier.expect(x_full.index(0), 2 * OUT.block_shape[0] * OUT.block_shape[1])
     tma.async_copy_global_to_shared(OUT, [first, 0], x_full.index(0), x)
     for group in range(GROUPS):
@@ -79,7 +79,7 @@ def _bring(
 
 @gluon.jit
 def _multiply(acc, x, i, ring, full, empty, PARTS: gl.constexpr, STAGES: gl.constexpr):
-    """acc (OUTS, BM) + the tiles i to i + PARTS - 1 times x^T; x: (BM, OUTS) in shared memory."""
+    """acc (WIDEST, BM) + the tiles i to i + PARTS - 1 times x^T; x: (BM, WIDEST) in shared memory."""
     DEPTH: gl.constexpr = ring.shape[2]
     for part in gl.static_range(PARTS):
         at = (i + part) % STAGES
@@ -94,12 +94,15 @@ def _multiply(acc, x, i, ring, full, empty, PARTS: gl.constexpr, STAGES: gl.cons
 
 
 @gluon.jit
-def _normal(x, GAIN, SHIFT, c, eps, C: gl.constexpr):
-    """LayerNorm of the columns of x (OUTS, BM), zero from C on."""
-    gain = gl.load(GAIN + c, mask=c < C, other=0.0)
-    shift = gl.load(SHIFT + c, mask=c < C, other=0.0)
+def normal(x, gain, shift, c, eps, C: gl.constexpr):
+    """LayerNorm of the columns of x (len(c), rows), zero from C on."""
     x = gl.where((c < C)[:, None], x - (gl.sum(x, 0) / C)[None, :], 0.0)
     return x * gl.rsqrt(gl.sum(x * x, 0) / C + eps)[None, :] * gain[:, None] + shift[:, None]
+
+
+@gluon.jit
+def _vectors(GAIN, SHIFT, c, C: gl.constexpr):
+    return gl.load(GAIN + c, mask=c < C, other=0.0), gl.load(SHIFT + c, mask=c < C, other=0.0)
 
 
 @gluon.jit
@@ -120,12 +123,13 @@ def _compute(
     stream = X + m.to(gl.int64)[None, :] * C + c[:, None]
     inside = (m < rows)[None, :] & (c < C)[:, None]
     bias = gl.load(BIAS + c, mask=c < C, other=0.0).to(gl.float32)
-    _wait_for_previous(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     h = gl.load(stream, mask=inside, other=0.0) + bias[:, None]
     mbarrier.wait(x_full.index(0), 0)
     h = _multiply(h, x, 0, ring, full, empty, PARTS, STAGES)
     bias2 = gl.load(BIAS2 + c, mask=c < C, other=0.0).to(gl.float32)
-    x.permute([1, 0]).store(_normal(h, GAIN, SHIFT, c, eps, C).to(x.dtype))
+    gain, shift = _vectors(GAIN, SHIFT, c, C)
+    x.permute([1, 0]).store(normal(h, gain, shift, c, eps, C).to(x.dtype))
     fence_async_shared()
     h += bias2[:, None]
     for group in range(GROUPS):
@@ -137,7 +141,8 @@ def _compute(
         fence_async_shared()
         h = _multiply(h, hidden, i + PARTS, ring, full, empty, HIDDEN, STAGES)
     gl.store(stream, h, mask=inside)
-    x.permute([1, 0]).store(_normal(h, NEXT_GAIN, NEXT_SHIFT, c, eps, C).to(x.dtype))
+    gain, shift = _vectors(NEXT_GAIN, NEXT_SHIFT, c, C)
+    x.permute([1, 0]).store(normal(h, gain, shift, c, eps, C).to(x.dtype))
     fence_async_shared()
     for group in range(NEXT):
         i = PARTS + GROUPS * (PARTS + HIDDEN) + group * PARTS
@@ -184,7 +189,7 @@ def between_by_roles(
 
 
 def _tiles(weight: Tensor, depth: int) -> TensorDescriptor:
-    return block_descriptor(weight, weight.shape, weight.stride(), [OUTS, depth])
+    return block_descriptor(weight, weight.shape, weight.stride(), [WIDEST, depth])
 
 
 def between(
@@ -198,7 +203,7 @@ def between(
     rows, C = out.shape
     weight, bias = after
     between_by_roles[(triton.cdiv(rows, t.rows),)](
-        block_descriptor(out, out.shape, out.stride(), [t.rows, OUTS]),
+        block_descriptor(out, out.shape, out.stride(), [t.rows, WIDEST]),
         _tiles(w.out[0], t.inputs), w.out[1], x, *w.ff_norm, _tiles(w.expand[0], t.inputs), w.expand[1],
         _tiles(w.contract[0], t.inputs), w.contract[1], *norm, _tiles(weight, t.inputs),
         weight if bias is None else bias, y, rows, eps,

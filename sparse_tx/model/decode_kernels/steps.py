@@ -1,5 +1,5 @@
 """A decoding step as launches of the fused kernels: five for each layer; three or four for few rows; two for many rows
-of a narrow model; one more where programs share a head's keys."""
+of a narrow model (three for fewer); one more where programs share a head's keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparse_tx.attention.decode import Store
 from sparse_tx.attention.kernels import has_roles, interpreted  # noqa: F401
 from sparse_tx.attention.kernels.decode import attend_out_step, attend_step, combine_step
 from sparse_tx.attention.ranges import ReadTable
-from sparse_tx.model.decode_kernels import configs
+from sparse_tx.model.decode_kernels import configs, shares
 from sparse_tx.model.decode_kernels.ends import draw_step, embed_step
 from sparse_tx.model.decode_kernels.hopper import between
 from sparse_tx.model.decode_kernels.linear import feedforward_step, linear_step, vector_step
@@ -100,17 +100,20 @@ class FusedSteps:
         self.strips = slots
         self.joined = joined and max(self.splits) == 1 and batch <= configs.VECTOR_ROWS
         self.joined_ff = joined_ff and self.joined
-        self.between: configs.Between | None = None
+        # All between two attentions, in two launches by so many shares, or in one.
+        self.cut, self.between = 0, None
         if has_roles(device) and not self.joined:
+            self.cut = configs.shares(batch, spec.width, spec.ff, dtype.itemsize)
             self.between = configs.between(batch, spec.width, spec.ff, dtype.itemsize, self.gpu)
         # The kernel after the wait reads what the one before wrote: Hopper's launches alone can overlap them.
         if dependent is None:
-            dependent = configs.overlaps(batch * spec.heads, self.between is not None, self.gpu)
+            dependent = configs.overlaps(batch * spec.heads, bool(self.cut) or self.between is not None, self.gpu)
         self.dependent = dependent and gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         # What is still to be added to the residual stream: by each head, and by each program of the feed-forward.
         self.of_heads = spec.heads if self.joined else 0
         self.of_ff = triton.cdiv(spec.ff, configs.feedforward(C, spec.ff)[0]) if self.joined_ff else 0
         self.shares = empty(batch, self.of_heads + self.of_ff, C) if self.joined else self.x
+        self.of_cut = empty(self.cut, batch, C)
         self.partial = empty(batch * spec.heads, max(self.splits), 2 + triton.next_power_of_2(self.Dv))
 
     def prepare(self, position: int) -> None:
@@ -120,11 +123,11 @@ class FusedSteps:
     def __call__(self, previous: Tensor, position: Tensor) -> Tensor:
         """previous: (B,), position: (1,) int64. Returns logits (B, V) float32, which the next step writes over."""
         self._embed(previous, position)
-        if self.between is not None:
+        if self.cut or self.between is not None:
             self._linear(self.x, self.weights[0].qkv, self.qkv, norm=self.weights[0].attention_norm)
             for layer in range(self.spec.layers):
                 self._attend(layer, position)
-                self._between(layer, self.between)
+                self._between(layer)
             return self.logits
         for layer in range(self.spec.layers):
             self._layer(layer, position)
@@ -174,7 +177,7 @@ class FusedSteps:
             self._linear(x, w.expand, self.hidden, norm=w.ff_norm, activation=w.activation, shares=new)
             self._linear(self.hidden, w.contract, x, add=True, shares=(self.of_heads, 0))
 
-    def _between(self, layer: int, t: configs.Between) -> None:
+    def _between(self, layer: int) -> None:
         """From the attention of a layer to the projections of the next, or to the logits."""
         norm: Pair = self.norm
         after: tuple[Tensor, Tensor | None] = self.output, None
@@ -182,7 +185,12 @@ class FusedSteps:
         if layer + 1 < self.spec.layers:
             ahead = self.weights[layer + 1]
             norm, after, y = ahead.attention_norm, ahead.qkv, self.qkv
-        between(self.out, self.weights[layer], self.x, norm, after, y, t, EPS, self.dependent)
+        of_layer = self.out, self.weights[layer], self.x
+        if self.cut:
+            shares.between(*of_layer, self.of_cut, norm, after, y, EPS, self.dependent)
+        else:
+            assert self.between is not None
+            between(*of_layer, norm, after, y, self.between, EPS, self.dependent)
 
     @property
     def _of_layer_ahead(self) -> tuple[int, int]:
