@@ -3,8 +3,8 @@
 In Gluon for compute capability 9.0. One program for all matrices of a layer (`hopper`) takes as long as a
 multiprocessor needs to bring its weights. Here programs share them: of the first launch each makes the sum after
 attention again and adds what UNITS of the hidden units give, a share of the residual stream; of the second each adds up
-the shares and makes OUTS outputs of the next projection. All weights of a program lie in shared memory at once, on their
-way before the kernel ahead has ended.
+the shares and makes OUTS outputs of the next projection. All weights of a program lie in shared memory at once, on
+their way before the kernel ahead has ended.
 
 Names: C width, F hidden units, N outputs of the next projection; products are transposed, (outputs, rows).
 """
