@@ -135,6 +135,30 @@ def test_attention_by_warps_that_work_alone_is_as_near_the_truth_as_dense_torch(
     assert all(map(torch.equal, found, attention(*given, patterns)))
 
 
+COLUMNS = [
+    ([Column(6)] * 2, 6 * 256, 64, 64, torch.bfloat16),
+    ([Column(8, reach=70)], 8 * 150, 64, 64, torch.float16),
+    ([Window(12) | Column(12), Column(12)], 12 * 100, 64, 64, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", COLUMNS, ids=str)
+def test_columns_by_roles_are_as_near_the_truth_as_dense_torch(monkeypatch, attention, pauses, case):
+    from sparse_tx.attention.kernels import configs
+
+    monkeypatch.setattr(configs, "ROLES_COLUMNS", {(64, 64)})
+    patterns, _, _, _, dtype = case
+    given = inputs(*case, B=2)
+    found = attention(*given, patterns)
+    exact, dense = (reference(*given, patterns, t) for t in (torch.float64, dtype))
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), found, exact, dense, strict=True):
+        seen = torch.isfinite(b)
+        assert relative(a[seen], b[seen]) <= 2 * relative(c[seen], b[seen]) + 1e-6, name
+    assert attention.kernels["column_backward_by_roles"].launched
+    pauses(0)
+    assert all(map(torch.equal, found, attention(*given, patterns)))
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
 def test_roles_that_overtake_each_other_write_the_same_bits(attention, pauses, case):
     given = inputs(*case)

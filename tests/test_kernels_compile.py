@@ -27,6 +27,7 @@ KERNELS = {  # by the module that launches them
     "walks": (
         "window_forward", "window_backward", "column_forward", "column_backward",
         "window_forward_by_roles", "window_backward_by_roles",
+        "column_backward_by_roles",
         "window_forward_by_warps", "window_backward_by_warps", "column_forward_by_warps", "column_backward_by_warps",
     ),
 }  # fmt: skip
@@ -168,6 +169,16 @@ def test_warps_that_work_alone_compile_and_fit_shared_memory(monkeypatch, patter
         assert binary.metadata.shared <= SHARED_KIB[90] * 1024
         if kernel.__name__ in alone:
             assert "mma.sync" in binary.asm["ptx"]
+
+
+@pytest.mark.parametrize("N", [100, 192, 256])
+def test_columns_by_roles_compile_and_fit_shared_memory(monkeypatch, N):
+    from sparse_tx.attention.kernels import configs
+
+    monkeypatch.setattr(configs, "ROLES_COLUMNS", {(64, 64)})
+    found = launches(monkeypatch, (Window(256) | Column(256),) * 2, 256 * N, 64, 64, torch.bfloat16, 90)
+    (one,) = [launch for launch in found if launch[0].__name__ == "column_backward_by_roles"]
+    assert compiled(*one, 90).metadata.shared <= SHARED_KIB[90] * 1024
 
 
 def test_warps_work_alone_where_their_kernels_can(monkeypatch):

@@ -123,6 +123,20 @@ def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
     return None
 
 
+# Widths of heads whose columns of two to four tiles go backward by roles. Empty: values are tested
+# (tests/test_gluon_values.py), but the kernel has not been timed on a GPU; meant for (64, 64), audio's 256 entries.
+ROLES_COLUMNS: set[tuple[int, int]] = set()
+
+
+def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
+    """As `roles`, for columns of N entries."""
+    tiles = -(-N // ROLES_TILE)
+    if (Dqk, Dv) not in ROLES_COLUMNS or not 2 <= tiles <= 4:
+        return None
+    found = roles((tiles - 1) * ROLES_TILE, Dqk, Dv)
+    return None if found is None else found._replace(registers=found.registers - 8)  # four tiles of dq spill else
+
+
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     """As `roles`. On an H100, us: CIFAR-10's window 36.8 (41.6), audio's 169 (178); heads 32 wide lose: 149 (136)."""
     back = -(-R // ROLES_TILE)

@@ -15,7 +15,7 @@ from sparse_tx.attention.kernels import (
     is_large,
 )
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
-from sparse_tx.attention.kernels.configs import COMPACT, Config, Roles, Warps, config, part_of, power_of_two
+from sparse_tx.attention.kernels.configs import COMPACT, Config, config, part_of, power_of_two
 from sparse_tx.attention.kernels.copies import (
     copies_summary,
     copies_tiles,
@@ -27,7 +27,7 @@ from sparse_tx.attention.kernels.forward import attention_forward
 from sparse_tx.attention.kernels.handles import Launch, Layout, Operand, layouts, operands
 from sparse_tx.attention.kernels.plan import BLOCK, FULL, NO_LOCAL, WINDOW, Chain, Run, runs_of
 from sparse_tx.attention.kernels.tiles import LOG2E
-from sparse_tx.attention.kernels.walks import backward_along, forward_along, way_backward
+from sparse_tx.attention.kernels.walks import backward_along, forward_along, makes_delta, way_backward
 
 _MOST_PLANS = 1024  # kept, of layouts and patterns: those of a few models
 
@@ -196,10 +196,7 @@ def plan_backward(
         compact = bool(run.summary or run.tokens)
         tilings = [_tiling("backward", chain, q, v) for chain in chains]
         ways = [way_backward(chain, run, tensors) for chain in chains]
-        # Where the first pass sees each query once, it makes delta on the way; a window alone makes it where needed.
-        single_first = tilings[0].single or (ways[0] is not None and chains[0].strided)
-        alone = chains[0].part == "window" and len(chains) == 1 and not isinstance(ways[0], (Roles, Warps))
-        here = single_first or alone
+        here = makes_delta(ways[0], chains[0], len(chains) == 1, tilings[0].single)
         if not here:
             rows = 64
             launch = Launch(

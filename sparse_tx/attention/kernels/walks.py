@@ -25,6 +25,7 @@ from sparse_tx.attention.kernels.configs import (
     Roles,
     Walk,
     Warps,
+    column_roles,
     forward_roles,
     part_of,
     power_of_two,
@@ -36,6 +37,7 @@ from sparse_tx.attention.kernels.copies import can_copy, descriptor, heads_descr
 from sparse_tx.attention.kernels.handles import Launch, Operand
 from sparse_tx.attention.kernels.plan import Chain, Run
 from sparse_tx.attention.kernels.roles import window_backward_by_roles
+from sparse_tx.attention.kernels.roles_column import column_backward_by_roles
 from sparse_tx.attention.kernels.roles_forward import window_forward_by_roles
 from sparse_tx.attention.kernels.tiles import LOG2E
 from sparse_tx.attention.kernels.warps import window_backward_by_warps, window_forward_by_warps
@@ -60,8 +62,23 @@ def way_backward(chain: Chain, run: Run, tensors: Sequence[Operand]) -> Roles | 
     q, _, v, *_ = tensors
     if (alone := _takes_warps("backward", chain, run, tensors)) is not None:
         return alone
-    by_roles = roles(chain.R, q.shape[-1], v.shape[-1]) if _takes_roles(chain, tensors) else None
+    by_roles = None
+    if chain.strided and _plain(chain) and has_roles(q.device) and _can_copy(chain, tensors):
+        by_roles = column_roles(chain.N, q.shape[-1], v.shape[-1])
+    elif _takes_roles(chain, tensors):
+        by_roles = roles(chain.R, q.shape[-1], v.shape[-1])
     return _walk("backward", chain, tensors) if by_roles is None else by_roles
+
+
+def makes_delta(way: Roles | Walk | Warps | None, chain: Chain, alone: bool, single: bool) -> bool:
+    """Whether the first pass of a run makes delta on the way: where it sees each query once, and a window alone where
+    it needs it. single: whether a tile of its own holds a whole group or column.
+    """
+    if isinstance(way, Roles):
+        return False
+    if isinstance(way, Warps):
+        return chain.strided
+    return (alone and chain.part == "window") or (single if way is None else chain.strided or single)
 
 
 def backward_along(
@@ -70,7 +87,8 @@ def backward_along(
 ) -> Launch:  # fmt: skip
     """way: of `way_backward`. delta_here: whether this pass makes delta, which only walks do of a window."""
     if isinstance(way, Roles):
-        return _backward_by_roles(chain, run, way, add, tensors, scale)
+        along = _columns_by_roles if chain.strided else _backward_by_roles
+        return along(chain, run, way, add, tensors, scale)
     if isinstance(way, Warps):
         return _backward_by_warps(chain, run, way, add, store_delta, has_dlse, tensors, scale)
     return _walk_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
@@ -81,6 +99,11 @@ def _can_copy(chain: Chain, tensors: Sequence[Operand]) -> bool:
     return can_copy(chain, *(t for t in tensors if len(t.shape) == 4))
 
 
+def _plain(chain: Chain) -> bool:
+    """Whether no other part has keys of it."""
+    return chain.tokens == 0 and chain.skip == (0, 0)
+
+
 def _takes_roles(chain: Chain, tensors: Sequence[Operand]) -> bool:
     """Whether these of a pass suit warps with roles: a window alone or beside a column."""
     return chain.part == "window" and has_roles(tensors[0].device) and _can_copy(chain, tensors)
@@ -89,8 +112,7 @@ def _takes_roles(chain: Chain, tensors: Sequence[Operand]) -> bool:
 def _takes_warps(kernel: str, chain: Chain, run: Run, tensors: Sequence[Operand]) -> Warps | None:
     """How this pass goes by warps that work alone; None where it does not."""
     q, _, v, *_ = tensors
-    plain = chain.tokens == 0 and chain.skip == (0, 0)
-    if not (plain and has_roles(q.device) and _can_copy(chain, tensors)):
+    if not (_plain(chain) and has_roles(q.device) and _can_copy(chain, tensors)):
         return None
     return warps(kernel, chain, run.heads, q.shape[-1], v.shape[-1])
 
@@ -98,8 +120,7 @@ def _takes_warps(kernel: str, chain: Chain, run: Run, tensors: Sequence[Operand]
 def _walk(kernel: str, chain: Chain, tensors: Sequence[Operand]) -> Walk | None:
     """How to walk this pass with one program for many tiles; None where that loses, or cannot be."""
     q, _, v, *_ = tensors
-    plain = chain.tokens == 0 and chain.skip == (0, 0)
-    if chain.part not in ("window", "column") or not plain or q.dtype.itemsize != 2:
+    if chain.part not in ("window", "column") or not _plain(chain) or q.dtype.itemsize != 2:
         return None
     chosen = walk(kernel, part_of(chain), q.shape[-1], v.shape[-1])
     if chosen is None:
@@ -212,6 +233,24 @@ def _backward_by_roles(
         S, H, run.head, run.heads, chunks, length, scale * LOG2E.value, scale,
         R=chain.R, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, ADD=add,
         num_warps=4,
+    )  # fmt: skip
+
+
+def _columns_by_roles(
+    chain: Chain, run: Run, chosen: Roles, add: bool, tensors: Sequence[Operand], scale: float
+) -> Launch:
+    """A column is the first pass of its heads: it never adds."""
+    assert not add
+    q, k, v, _, lse, dout, _, delta, *gradients = tensors
+    B, S, H, _ = q.shape
+    by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
+    length, chunks = _chunks(min(chain.L, S), B * run.heads, 1, lse.device)
+    return Launch(
+        column_backward_by_roles, chunks * B * run.heads,
+        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:],
+        S, H, run.head, run.heads, chunks, length, chain.L, scale * LOG2E.value, scale,
+        NEAR=chain.near, R=chain.R, NT=-(-chain.N // ROLES_TILE), NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs,
+        REGISTERS=chosen.registers, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,0 +1,200 @@
+"""The backward pass of columns of a few tiles by warps with roles, in Gluon for GPUs of compute capability 9.0.
+
+As `roles` does with a window, a program goes along columns one after the other: one warp brings tiles, two groups of
+four take turns in the weights of a pair and the gradients of its scores, a fourth group makes dq, dk and dv of them, in
+registers. Queries of a column see all its tiles up to their own, so that its pairs are a triangle of NT tiles.
+
+Names: c counts the program's columns, n the pairs of a column in the order of `_pair`: of tile t of the keys and tile
+t + far of the queries. Tensors are (B, H, L, N, D) by descriptor, in blocks of (1, 1, 1, BT, D).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparse_tx.attention.kernels.shared_memory import barriers
+from sparse_tx.attention.kernels.tiles import LOG2E
+
+
+@gluon.jit
+def _pair(n, NT: gl.constexpr):
+    """t and far of the n-th pair."""
+    t = gl.where(n >= NT, 1, 0)
+    if NT > 2:
+        t += gl.where(n >= 2 * NT - 1, 1, 0)
+    if NT > 3:
+        t += gl.where(n >= 3 * NT - 3, 1, 0)
+    return t, n - (t * NT - t * (t - 1) // 2)
+
+
+@gluon.jit
+def _tile(X, Y, x, y, full, empty, b, head, r, row, turn, PLACES: gl.constexpr):
+    at = turn % PLACES
+    mbarrier.wait(empty.index(at), (turn // PLACES & 1) ^ 1)
+    mbarrier.expect(full.index(at), 2 * X.block_shape[3] * (X.block_shape[4] + Y.block_shape[4]))
+    tma.async_copy_global_to_shared(X, [b, head, r, row, 0], full.index(at), x.index(at))
+    tma.async_copy_global_to_shared(Y, [b, head, r, row, 0], full.index(at), y.index(at))
+
+
+@gluon.jit
+def _bring(
+    Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, first, count,
+    NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
+):  # fmt: skip
+    BT: gl.constexpr = Q.block_shape[3]
+    for c in range(count):
+        _tile(K, V, k, v, kv_full, kv_empty, b, head, first + c, 0, c * NT, NKV)
+        for i in gl.static_range(NT):
+            _tile(Q, G, q, g, q_full, q_empty, b, head, first + c, i * BT, c * NT + i, NQ)
+        for t in gl.static_range(1, NT):
+            _tile(K, V, k, v, kv_full, kv_empty, b, head, first + c, t * BT, c * NT + t, NKV)
+
+
+@gluon.jit
+def _weights(
+    WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
+    q_full, kv_full, pair_full, pair_empty, first, count, L, S, scale,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
+    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
+):  # fmt: skip
+    """Weights and gradients of scores, (queries, keys), of every second pair."""
+    PAIRS: gl.constexpr = NT * (NT + 1) // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    zero = gl.zeros([BT, BT], gl.float32, layout)
+    query = gl.arange(0, BT, gl.SliceLayout(1, layout))
+    key = gl.arange(0, BT, gl.SliceLayout(0, layout))
+    for n in range(WHICH, count * PAIRS, 2):
+        c = n // PAIRS
+        t, far = _pair(n % PAIRS, NT)
+        rows = ((t + far) * BT + query) * L + first + c
+        lse = gl.load(LSE + rows, mask=rows < S, other=0.0) * LOG2E
+        delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
+        of_keys = c * NT + t
+        of_queries = of_keys + far
+        mbarrier.wait(kv_full.index(of_keys % NKV), of_keys // NKV & 1)
+        mbarrier.wait(q_full.index(of_queries % NQ), of_queries // NQ & 1)
+        queries = q.index(of_queries % NQ).reshape([BT, BDQ])
+        grads = g.index(of_queries % NQ).reshape([BT, BDV])
+        keys = k.index(of_keys % NKV).reshape([BT, BDQ])
+        values = v.index(of_keys % NKV).reshape([BT, BDV])
+        s = warpgroup_mma(queries, keys.permute([1, 0]), zero, use_acc=False, is_async=True)
+        dp = warpgroup_mma(grads, values.permute([1, 0]), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        p = gl.exp2(s * scale - lse[:, None])
+        if (far * BT < NEAR + BT - 1) | (far * BT + BT - 1 > R):
+            away = (query + far * BT)[:, None] - key[None, :]
+            p = gl.where((away >= NEAR) & (away <= R), p, 0.0)
+        mbarrier.wait(pair_empty.index(n % NP), (n // NP & 1) ^ 1)
+        weights.index(n % NP).store(p.to(q.dtype))
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        scores.index(n % NP).store((p * (dp - delta[:, None])).to(q.dtype))
+        fence_async_shared()
+        mbarrier.arrive(pair_full.index(n % NP), count=1)
+
+
+@gluon.jit
+def _gradients(
+    DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at,
+    q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, b, head, first, count, softmax_scale,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NT: gl.constexpr,
+    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys after the other; dq of the queries that see it waits in registers."""
+    PAIRS: gl.constexpr = NT * (NT + 1) // 2
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
+    none = gl.zeros([BT, BDQ], gl.float32, narrow)
+    for c in range(count):
+        sums = ()
+        for _ in gl.static_range(NT):
+            sums += (none,)
+        for t in gl.static_range(NT):
+            of_keys = c * NT + t
+            mbarrier.wait(kv_full.index(of_keys % NKV), of_keys // NKV & 1)
+            keys = k.index(of_keys % NKV).reshape([BT, BDQ])
+            dk = none
+            dv = gl.zeros([BT, BDV], gl.float32, wide)
+            rest = ()
+            for far in gl.static_range(NT - t):
+                n = c * PAIRS + t * NT - t * (t - 1) // 2 + far
+                at = (of_keys + far) % NQ
+                mbarrier.wait(q_full.index(at), (of_keys + far) // NQ & 1)
+                mbarrier.wait(pair_full.index(n % NP), n // NP & 1)
+                p, ds = weights.index(n % NP), scores.index(n % NP)
+                grads, queries = g.index(at).reshape([BT, BDV]), q.index(at).reshape([BT, BDQ])
+                dv = warpgroup_mma(p.permute([1, 0]), grads, dv, use_acc=far > 0, is_async=True)
+                dk = warpgroup_mma(ds.permute([1, 0]), queries, dk, use_acc=far > 0, is_async=True)
+                dq = warpgroup_mma(ds, keys, sums[far], use_acc=t > 0, is_async=True)
+                dv, dk, dq = warpgroup_mma_wait(0, deps=[dv, dk, dq])
+                if far == 0:
+                    mbarrier.arrive(q_empty.index(at), count=1)
+                mbarrier.arrive(pair_empty.index(n % NP), count=1)
+                rest += (dq,)
+            mbarrier.arrive(kv_empty.index(of_keys % NKV), count=1)
+            tma.store_wait(0)
+            dq_at.reshape([BT, BDQ]).store((rest[0] * softmax_scale).to(dq_at.dtype))
+            dk_at.reshape([BT, BDQ]).store((dk * softmax_scale).to(dk_at.dtype))
+            dv_at.reshape([BT, BDV]).store(dv.to(dv_at.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(DQ, [b, head, first + c, t * BT, 0], dq_at)
+            tma.async_copy_shared_to_global(DK, [b, head, first + c, t * BT, 0], dk_at)
+            tma.async_copy_shared_to_global(DV, [b, head, first + c, t * BT, 0], dv_at)
+            sums = rest[1:]
+    tma.store_wait(0)
+
+
+@gluon.jit
+def column_backward_by_roles(
+    Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, L, scale, softmax_scale,
+    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
+    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv of `length` columns of at most NT tiles, as `column_backward`; LSE and DELTA are pointers.
+
+    NQ, NKV, NP, REGISTERS: as of `roles.window_backward_by_roles`; NQ is more than NT.
+    """
+    BT: gl.constexpr = Q.block_shape[3]
+    BDQ: gl.constexpr = Q.block_shape[4]
+    BDV: gl.constexpr = V.block_shape[4]
+    dtype: gl.constexpr = Q.dtype
+    pair: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BT], dtype)
+    q = gl.allocate_shared_memory(dtype, [NQ, 1, 1, 1, BT, BDQ], Q.layout)
+    g = gl.allocate_shared_memory(dtype, [NQ, 1, 1, 1, BT, BDV], G.layout)
+    k = gl.allocate_shared_memory(dtype, [NKV, 1, 1, 1, BT, BDQ], K.layout)
+    v = gl.allocate_shared_memory(dtype, [NKV, 1, 1, 1, BT, BDV], V.layout)
+    weights = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
+    scores = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
+    dq_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDQ], DQ.layout)
+    dk_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDQ], DK.layout)
+    dv_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDV], DV.layout)
+    q_full, q_empty = barriers(NQ), barriers(NQ)
+    kv_full, kv_empty = barriers(NKV), barriers(NKV)
+    pair_full, pair_empty = barriers(NP), barriers(NP)
+    fence_async_shared()
+    pid = gl.program_id(0)
+    head = h0 + pid % heads  # neighbours in memory beside each other
+    chunk = pid // heads % chunks
+    b = pid // heads // chunks
+    numbers = (b.to(gl.int64) * H + head) * S
+    LSE += numbers
+    DELTA += numbers
+    first = chunk * length
+    count = gl.minimum(length, L - first)
+    gl.warp_specialize(
+        [
+            (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
+                          pair_full, pair_empty, b, head, first, count, softmax_scale, BT, BDQ, BDV, NT, NQ, NKV, NP)),
+            (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
+                        first, count, L, S, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
+            (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
+                        first, count, L, S, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
+            (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, NQ, NKV)),
+        ],
+        [4, 4, 1], [REGISTERS, REGISTERS, 24],
+    )  # fmt: skip
