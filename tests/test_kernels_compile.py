@@ -27,7 +27,7 @@ KERNELS = {  # by the module that launches them
     "walks": (
         "window_forward", "window_backward", "column_forward", "column_backward",
         "window_forward_by_roles", "window_backward_by_roles",
-        "column_backward_by_roles",
+        "column_forward_by_roles", "column_backward_by_roles",
         "window_forward_by_warps", "window_backward_by_warps", "column_forward_by_warps", "column_backward_by_warps",
     ),
 }  # fmt: skip
@@ -177,8 +177,10 @@ def test_columns_by_roles_compile_and_fit_shared_memory(monkeypatch, N):
 
     monkeypatch.setattr(configs, "ROLES_COLUMNS", {(64, 64)})
     found = launches(monkeypatch, (Window(256) | Column(256),) * 2, 256 * N, 64, 64, torch.bfloat16, 90)
-    (one,) = [launch for launch in found if launch[0].__name__ == "column_backward_by_roles"]
-    assert compiled(*one, 90).metadata.shared <= SHARED_KIB[90] * 1024
+    columns = [launch for launch in found if launch[0].__name__.startswith("column")]
+    assert [kernel.__name__ for kernel, _, _ in columns] == ["column_forward_by_roles", "column_backward_by_roles"]
+    for one in columns:
+        assert compiled(*one, 90).metadata.shared <= SHARED_KIB[90] * 1024
 
 
 def test_warps_work_alone_where_their_kernels_can(monkeypatch):

@@ -123,8 +123,8 @@ def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
     return None
 
 
-# Widths of heads whose columns of two to four tiles go backward by roles. Empty: values are tested
-# (tests/test_gluon_values.py), but the kernel has not been timed on a GPU; meant for (64, 64), audio's 256 entries.
+# Widths of heads whose columns of two to four tiles go by roles. Empty: values are tested (tests/test_gluon_values.py),
+# but the kernels have not been timed on a GPU; meant for (64, 64), audio's 256 entries.
 ROLES_COLUMNS: set[tuple[int, int]] = set()
 
 
@@ -163,6 +163,16 @@ def warps(kernel: str, chain: Chain, heads: int, Dqk: int, Dv: int) -> Warps | N
     if chosen is None or heads % chosen.warps or entries > _MOST_BLOCKS * BLOCK_ROWS:
         return None
     return chosen
+
+
+def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
+    """As `column_roles`."""
+    tiles = -(-N // ROLES_TILE)
+    if (Dqk, Dv) not in ROLES_COLUMNS or not 2 <= tiles <= 4:
+        return None
+    groups = min(3, tiles)
+    fits = (2 * tiles + groups) * 2 * ROLES_TILE * (Dqk + Dv) <= _SHARED
+    return ForwardRoles(2 * tiles, groups, 160 if groups == 3 else 232) if fits else None
 
 
 def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:

@@ -25,6 +25,7 @@ from sparse_tx.attention.kernels.configs import (
     Roles,
     Walk,
     Warps,
+    column_forward_roles,
     column_roles,
     forward_roles,
     part_of,
@@ -38,6 +39,7 @@ from sparse_tx.attention.kernels.handles import Launch, Operand
 from sparse_tx.attention.kernels.plan import Chain, Run
 from sparse_tx.attention.kernels.roles import window_backward_by_roles
 from sparse_tx.attention.kernels.roles_column import column_backward_by_roles
+from sparse_tx.attention.kernels.roles_column_forward import column_forward_by_roles
 from sparse_tx.attention.kernels.roles_forward import window_forward_by_roles
 from sparse_tx.attention.kernels.tiles import LOG2E
 from sparse_tx.attention.kernels.warps import window_backward_by_warps, window_forward_by_warps
@@ -50,9 +52,13 @@ def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand
     q, _, v, *_ = tensors
     if (alone := _takes_warps("forward", chain, run, tensors)) is not None:
         return _forward_by_warps(chain, run, alone, merge, tensors, scale)
-    by_roles = forward_roles(chain.R, q.shape[-1], v.shape[-1]) if _takes_roles(chain, tensors) else None
+    by_roles = None
+    if _takes_roles(chain, tensors):
+        rule, entries = (column_forward_roles, chain.N) if chain.strided else (forward_roles, chain.R)
+        by_roles = rule(entries, q.shape[-1], v.shape[-1])
     if by_roles is not None:
-        return _forward_by_roles(chain, run, by_roles, merge, tensors, scale)
+        along = _columns_forward_by_roles if chain.strided else _forward_by_roles
+        return along(chain, run, by_roles, merge, tensors, scale)
     walked = _walk("forward", chain, tensors)
     return None if walked is None else _walk_forward(chain, run, walked, merge, tensors, scale)
 
@@ -63,10 +69,9 @@ def way_backward(chain: Chain, run: Run, tensors: Sequence[Operand]) -> Roles | 
     if (alone := _takes_warps("backward", chain, run, tensors)) is not None:
         return alone
     by_roles = None
-    if chain.strided and _plain(chain) and has_roles(q.device) and _can_copy(chain, tensors):
-        by_roles = column_roles(chain.N, q.shape[-1], v.shape[-1])
-    elif _takes_roles(chain, tensors):
-        by_roles = roles(chain.R, q.shape[-1], v.shape[-1])
+    if _takes_roles(chain, tensors):
+        rule, entries = (column_roles, chain.N) if chain.strided else (roles, chain.R)
+        by_roles = rule(entries, q.shape[-1], v.shape[-1])
     return _walk("backward", chain, tensors) if by_roles is None else by_roles
 
 
@@ -105,8 +110,9 @@ def _plain(chain: Chain) -> bool:
 
 
 def _takes_roles(chain: Chain, tensors: Sequence[Operand]) -> bool:
-    """Whether these of a pass suit warps with roles: a window alone or beside a column."""
-    return chain.part == "window" and has_roles(tensors[0].device) and _can_copy(chain, tensors)
+    """Whether these of a pass suit warps with roles: a window alone or beside a column, or that column."""
+    taken = chain.part == "window" or (chain.part == "column" and _plain(chain))
+    return taken and has_roles(tensors[0].device) and _can_copy(chain, tensors)
 
 
 def _takes_warps(kernel: str, chain: Chain, run: Run, tensors: Sequence[Operand]) -> Warps | None:
@@ -189,6 +195,23 @@ def _forward_by_roles(
         window_forward_by_roles, chunks * B * run.heads,
         *described, lse, S, H, run.head, run.heads, chunks, length, scale * LOG2E.value,
         R=chain.R, NKV=chosen.keys, GROUPS=chosen.groups, REGISTERS=chosen.registers, MERGE=merge, num_warps=4,
+    )  # fmt: skip
+
+
+def _columns_forward_by_roles(
+    chain: Chain, run: Run, chosen: ForwardRoles, merge: bool, tensors: Sequence[Operand], scale: float
+) -> Launch:
+    """A column is the first pass of its heads: it never merges."""
+    assert not merge
+    q, _, _, _, lse = tensors
+    B, S, H, _ = q.shape
+    described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in tensors[:4]]
+    length, chunks = _chunks(min(chain.L, S), B * run.heads, 1, q.device)
+    return Launch(
+        column_forward_by_roles, chunks * B * run.heads,
+        *described, lse, S, H, run.head, run.heads, chunks, length, chain.L, scale * LOG2E.value,
+        NEAR=chain.near, R=chain.R, NT=-(-chain.N // ROLES_TILE), GROUPS=chosen.groups, REGISTERS=chosen.registers,
+        num_warps=4,
     )  # fmt: skip
 
 

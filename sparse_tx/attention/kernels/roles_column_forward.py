@@ -1,0 +1,153 @@
+"""The forward pass of columns of a few tiles by warps with roles, in Gluon for GPUs of compute capability 9.0.
+
+A program goes along columns. One warp brings tiles by the copy engine, each once; groups of four warps take turns in
+tiles of queries, so that the products of one overlap the softmax of another.
+
+Names: c counts the program's columns, turn its tiles of queries, NT a column; i and t are tiles of queries and of keys
+within a column. Tensors are (B, H, L, N, D) by descriptor, in blocks of (1, 1, 1, BT, D).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparse_tx.attention.kernels.shared_memory import barriers
+from sparse_tx.attention.kernels.tiles import LN2
+
+
+@gluon.jit
+def _bring(
+    Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count,
+    NT: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    BT: gl.constexpr = Q.block_shape[3]
+    for c in range(count):
+        r = first + c
+        # All keys first: no queries are looked at before all keys of their column are there.
+        for t in gl.static_range(NT):
+            at = c % 2 * NT + t
+            mbarrier.wait(kv_empty.index(at), (c // 2 & 1) ^ 1)
+            mbarrier.expect(kv_full.index(at), 2 * BT * (K.block_shape[4] + V.block_shape[4]))
+            tma.async_copy_global_to_shared(K, [b, head, r, t * BT, 0], kv_full.index(at), k.index(at))
+            tma.async_copy_global_to_shared(V, [b, head, r, t * BT, 0], kv_full.index(at), v.index(at))
+        for i in gl.static_range(NT):
+            turn = c * NT + i
+            mine = turn % GROUPS
+            mbarrier.wait(q_empty.index(mine), (turn // GROUPS & 1) ^ 1)
+            mbarrier.expect(q_full.index(mine), 2 * BT * Q.block_shape[4])
+            tma.async_copy_global_to_shared(Q, [b, head, r, i * BT, 0], q_full.index(mine), q.index(mine))
+
+
+@gluon.jit
+def _attend(
+    WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S, scale,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
+    GROUPS: gl.constexpr,
+):  # fmt: skip
+    """Every GROUPS-th tile of queries from tile WHICH on."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    query = gl.arange(0, BT, gl.SliceLayout(1, layout))
+    key = gl.arange(0, BT, gl.SliceLayout(0, layout))
+    zero = gl.zeros([BT, BT], gl.float32, layout)
+    mine = q.index(WHICH).reshape([BT, BDQ])
+    out = o.index(WHICH).reshape([BT, BDV])
+    for turn in range(WHICH, count * NT, GROUPS):
+        c = turn // NT
+        i = turn % NT
+        rows = (i * BT + query) * L + first + c
+        # Of all tiles of the column, also those that these queries do not see: a barrier tells its last phase from the
+        # next alone, so a group must have seen each.
+        for t in gl.static_range(NT):
+            mbarrier.wait(kv_full.index(c % 2 * NT + t), c // 2 & 1)
+        mbarrier.wait(q_full.index(WHICH), turn // GROUPS & 1)
+        # Lower than any score: a row without a key keeps it, and inf - inf never arises.
+        top = gl.full([BT], -1e38, gl.float32, gl.SliceLayout(1, layout))
+        total = gl.zeros([BT], gl.float32, gl.SliceLayout(1, layout))
+        acc = gl.zeros([BT, BDV], gl.float32, wide)
+        for far in range(i + 1):
+            at = c % 2 * NT + i - far
+            keys = k.index(at).reshape([BT, BDQ]).permute([1, 0])
+            s = warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            if (far * BT < NEAR + BT - 1) | (far * BT + BT - 1 > R):
+                away = (query + far * BT)[:, None] - key[None, :]
+                s = gl.where((away >= NEAR) & (away <= R), s, float("-inf"))
+            new = gl.maximum(top, gl.max(s, 1) * scale)
+            p = gl.exp2(s * scale - new[:, None])
+            alpha = gl.exp2(top - new)
+            total = total * alpha + gl.sum(p, 1)
+            top = new
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, wide))[:, None]
+            weights = gl.convert_layout(p.to(q.dtype), operand)
+            acc = warpgroup_mma(weights, v.index(at).reshape([BT, BDV]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(kv_empty.index(at), count=1)
+        mbarrier.arrive(q_empty.index(WHICH), count=1)
+        empty = total == 0.0
+        some = gl.where(empty, 1.0, total)
+        gl.store(LSE + rows, gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2), mask=rows < S)
+        tma.store_wait(0)
+        out.store((acc / gl.convert_layout(some, gl.SliceLayout(1, wide))[:, None]).to(q.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(O, [b, head, first + c, i * BT, 0], o.index(WHICH))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def column_forward_by_roles(
+    Q, K, V, O, LSE, S, H, h0, heads, chunks, length, L, scale,
+    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """As `column_forward`. GROUPS: two or three, at most NT, so that each has a tile of every column."""
+    BT: gl.constexpr = Q.block_shape[3]
+    BDQ: gl.constexpr = Q.block_shape[4]
+    BDV: gl.constexpr = V.block_shape[4]
+    q = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, 1, BT, BDQ], Q.layout)
+    o = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, 1, BT, BDV], O.layout)
+    k = gl.allocate_shared_memory(Q.dtype, [2 * NT, 1, 1, 1, BT, BDQ], K.layout)
+    v = gl.allocate_shared_memory(Q.dtype, [2 * NT, 1, 1, 1, BT, BDV], V.layout)
+    q_full, q_empty = barriers(GROUPS), barriers(GROUPS)
+    kv_full = barriers(2 * NT)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [2 * NT, 1], mbarrier.MBarrierLayout())
+    for at in gl.static_range(2 * NT):
+        mbarrier.init(kv_empty.index(at), count=NT - at % NT)  # the tiles of queries that see it
+    fence_async_shared()
+    pid = gl.program_id(0)
+    head = h0 + pid % heads  # neighbours in memory beside each other
+    chunk = pid // heads % chunks
+    b = pid // heads // chunks
+    LSE += (b.to(gl.int64) * H + head) * S
+    first = chunk * length
+    count = gl.minimum(length, L - first)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
+                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
+                (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
+                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
+                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, GROUPS)),
+            ],
+            [4, 1], [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
+                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
+                (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
+                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
+                (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
+                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
+                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, GROUPS)),
+            ],
+            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip
