@@ -3,8 +3,8 @@
 Triton's interpreter knows no Gluon. This emulator knows nothing of layouts, of the warps inside a role, or of speed: it
 shows that a kernel's numbers, addresses and masks are right. Each role is a thread of its own and barriers have the
 phases of the hardware's, so it also shows that roles do not wait for each other for ever, read no place before it is
-written and write none that a product or a copy still reads. What the hardware makes of layouts and fences only a GPU
-can show.
+written and write none that a product or a copy still reads. What the hardware makes of layouts, fences and launches that
+overlap only a GPU can show. Numbers are Python's: none overflows, and division rounds down below zero.
 """
 
 from __future__ import annotations
@@ -181,14 +181,16 @@ class Shared:
 
 
 class Barrier:
-    """Counts arrivals and bytes; its phase is over when none is missing."""
+    """Counts arrivals and bytes; its phase is over when none is missing. Copies that it is told of come when somebody
+    waits for them: what is read without a wait is not there."""
 
     def __init__(self):
         self.changed = threading.Condition()
+        self.copies = []
 
     def init(self, count):
         self.count = self.missing = count
-        self.bytes = self.phase = 0
+        self.bytes = self.phase = self.waiting = 0
 
     def _settle(self):
         if self.missing == 0 and self.bytes == 0:
@@ -202,8 +204,16 @@ class Barrier:
             self.bytes += expected
             self._settle()
 
-    def brought(self, nbytes):
+    def bring(self, copy, nbytes):
         with self.changed:
+            self.copies.append((copy, nbytes))
+            if self.waiting:
+                self._deliver()
+
+    def _deliver(self):
+        while self.copies:
+            copy, nbytes = self.copies.pop(0)
+            copy()
             self.bytes -= nbytes
             assert self.bytes >= 0, "more bytes than were expected"
             self._settle()
@@ -212,13 +222,17 @@ class Barrier:
         """Until the phase of this parity is over: as the hardware has it, of the newest two alone."""
         _pause()
         with self.changed:
+            self.waiting += 1
+            self._deliver()
             over = self.changed.wait_for(lambda: self.phase & 1 != int(parity), PATIENCE)
+            self.waiting -= 1
         assert over, "roles wait for each other"
 
 
 class Barriers:
     def __init__(self, shape):
         self.all = [Barrier() for _ in range(shape[0])]
+        _now["barriers"] += self.all
 
     def index(self, at):
         return self.all[int(at)]
@@ -281,15 +295,14 @@ def _to_shared(descriptor, at, barrier, shared, pred=True):
     found = descriptor.load(at).data
     shared.data.fill_(float("nan"))
 
-    def arrive():
+    def bring():
         _pause()
-        shared.data.copy_(found)
-        barrier.brought(found.numel() * found.element_size())
+        barrier.bring(lambda: shared.data.copy_(found), found.numel() * found.element_size())
 
     if delay:
-        threading.Thread(target=arrive, daemon=True).start()
+        threading.Thread(target=bring, daemon=True).start()
     else:
-        arrive()
+        bring()
 
 
 def _from_shared(descriptor, at, shared):
@@ -304,8 +317,12 @@ def _wait_for_copies(pendings):
 
 def _product(a, b, acc=None, use_acc=True, **_):
     product = torch.matmul(a.data.float(), b.data.float())
-    late.products.append([(x, x.data.clone()) for x in (a, b) if isinstance(x, Shared)])
     return Block(product if acc is None or not use_acc else product + acc.data)
+
+
+def _begun_product(a, b, acc, use_acc=True, is_async=False):
+    late.products.append([(x, x.data.clone()) for x in (a, b) if isinstance(x, Shared)])
+    return _product(a, b, acc, use_acc)
 
 
 def _wait_for_products(number, deps=()):
@@ -315,6 +332,12 @@ def _wait_for_products(number, deps=()):
     return deps[0] if len(deps) == 1 else tuple(deps)
 
 
+def _nothing_late():
+    """At the end of a role or a program."""
+    assert not late.products, "a product was not waited for"
+    assert not late.copies, "a copy out of shared memory was not waited for"
+
+
 def _all_roles(roles, warps, registers):
     """Each role in a thread; the first error of any is raised."""
     errors = []
@@ -322,7 +345,7 @@ def _all_roles(roles, warps, registers):
     def run(function, arguments):
         try:
             function(*arguments)
-            assert not any(late.products), "a product was not waited for"
+            _nothing_late()
         except BaseException as error:
             errors.append(error)
 
@@ -363,7 +386,7 @@ def _of_block(function):
     return lambda x, *_, **__: Block(function(raw(x)))
 
 
-_now = {"program": (0,), "programs": (1,)}
+_now = {"program": (0,), "programs": (1,), "barriers": []}
 
 COMMON = {
     "arange": lambda start, end, layout=None: Block(torch.arange(start, end)),
@@ -429,7 +452,7 @@ STANDS_FOR = {
         (hopper.mbarrier, MBARRIER),
         (hopper.tma, TMA),
         (hopper.fence_async_shared, lambda: None),
-        (hopper.warpgroup_mma, _product),
+        (hopper.warpgroup_mma, _begun_product),
         (hopper.warpgroup_mma_wait, _wait_for_products),
         (ampere.mma_v2, _product),
     )
@@ -472,8 +495,10 @@ class Emulated:
             given = dict(zip(names, map(_given, arguments), strict=True))
             _now["programs"] = grid
             for program in itertools.product(*map(range, grid)):
-                _now["program"] = program
+                _now["program"], _now["barriers"] = program, []
                 emulated(self.kernel)(**given, **named)
+                _nothing_late()
+                assert not any(barrier.copies for barrier in _now["barriers"]), "a copy was not waited for"
 
         return launch
 
