@@ -4,7 +4,7 @@
     python benchmarks/training.py --experiments cifar10 --arms ours,dense --batch 16,32
     python benchmarks/training.py --experiments cifar10 --arms ours --profile
     python benchmarks/training.py --context-sweep --arms ours
-    python benchmarks/training.py --tiny                            # in seconds on a CPU: that it runs, no numbers
+    python benchmarks/training.py --tiny --experiments cifar10      # in seconds on a CPU: that it runs, no numbers
 
 A step is forward, backward, clipping, the optimizer and the average, with the experiment's dropout, on random bytes
 that lie on the device; bf16 under autocast, weights in float32. What the arms are is said in arms.py. Before ours is
@@ -180,7 +180,7 @@ def keep(rows: list[dict], options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     if options.plot and any("error" not in row for row in rows):
-        plot(rows, options.plot)
+        plot(rows, options.plot, options.context_sweep)
 
 
 def compare(works: list[Work], options: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -278,7 +278,7 @@ def sweep_works(options: argparse.Namespace) -> list[Work]:
     return works
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[dict], path: Path, sweep: bool) -> None:
     """Bytes per second by context for a sweep, else by experiment, a bar an arm. Needs matplotlib."""
     import matplotlib
 
@@ -288,7 +288,7 @@ def plot(rows: list[dict], path: Path) -> None:
     rows = [r for r in rows if "error" not in r]
     arms = list(dict.fromkeys(r["arm"] for r in rows))
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    if len({r["context"] for r in rows}) == len({r["experiment"] for r in rows}) > 2:
+    if sweep:
         for arm in arms:
             of = [r for r in rows if r["arm"] == arm]
             axes.plot([r["context"] for r in of], [r["bytes_per_second"] / 1e3 for r in of], marker="o", label=arm)

@@ -47,12 +47,13 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
             chosen = lambda *_, c=(units, warps): c  # noqa: E731
             yield f"three, {units} hidden units, {warps} warps", {**three, "feedforward": chosen}
         return
+    whole = {"shares": lambda *_: 0}
     for m, (inputs, stages) in itertools.product((16, 32), ((64, 4), (64, 6), (128, 2), (128, 3))):
-        tile = configs.Between(m, inputs, stages)
-        yield f"between: {m} rows, {stages} tiles of {inputs} inputs", {"between": lambda *_, t=tile: t}
+        chosen = lambda *a, t=configs.Between(m, inputs, stages): t if _between(10**6, *a[1:]) else None  # noqa: B008, E731
+        yield f"between: {m} rows, {stages} tiles of {inputs} inputs", {**whole, "between": chosen}
     if rows <= 512:
-        cut = lambda rows, width, ff, itemsize: -(-ff // configs.SHARE_UNITS)  # noqa: E731
-        yield "three launches a layer: shares", {"shares": cut}
+        cut = lambda _, width, ff, itemsize: _shares(configs.VECTOR_ROWS + 1, width, ff, itemsize)  # noqa: E731
+        yield "three launches a layer: shares", {"SHARED_ROWS": 512, "shares": cut}
     apart = {"between": lambda *_: None, "shares": lambda *_: 0}
     yield "five launches a layer", apart
     for m, n, warps in itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8)):
@@ -63,7 +64,7 @@ def changes(rows: int) -> Iterator[tuple[str, Change]]:
         yield f"linear: {stages} stages", {**apart, "tile": chosen}
 
 
-_rule, _attend_out = configs.tile, configs.attend_out
+_rule, _attend_out, _between, _shares = configs.tile, configs.attend_out, configs.between, configs.shares
 
 
 def _tile(rows: int, outputs: int, inputs: int, norm: bool, itemsize: int, gpu: configs.Gpu, tile: tuple) -> Any:

@@ -3,8 +3,8 @@
 Triton's interpreter knows no Gluon. This emulator knows nothing of layouts, of the warps inside a role, or of speed: it
 shows that a kernel's numbers, addresses and masks are right. Each role is a thread of its own and barriers have the
 phases of the hardware's, so it also shows that roles do not wait for each other for ever, read no place before it is
-written and write none that a product or a copy still reads. What the hardware makes of layouts, fences and launches that
-overlap only a GPU can show. Numbers are Python's: none overflows, and division rounds down below zero.
+written and write none that a product or a copy still reads. What the hardware makes of layouts, fences and launches
+that overlap only a GPU can show. Numbers are Python's: none overflows, and division rounds down below zero.
 """
 
 from __future__ import annotations

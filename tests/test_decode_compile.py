@@ -120,7 +120,7 @@ def test_what_lies_between_two_attentions_compiles_as_one_launch_and_as_two_and_
         for layer in range(2):  # the last is followed by the logits
             kernels._between(layer)
     kernels.cut = -(-ff // configs.SHARE_UNITS)
-    kernels.of_cut = torch.empty(kernels.cut, rows, width, device="meta")
+    kernels.cut_shares = torch.empty(kernels.cut, rows, width, device="meta")
     for kernels.dependent in (False, True):
         for layer in range(2):
             kernels._between(layer)

@@ -58,12 +58,12 @@ def attention(monkeypatch):
     monkeypatch.setattr(copies, "has_copy_engine", lambda device: True)
     launch.forget_plans()
 
-    def run(q, k, v, d_out, patterns):
+    def run(q, k, v, d_out, patterns, d_lse=None):
         out, lse = torch.full_like(d_out, torch.nan), torch.full((q.shape[0], q.shape[2], q.shape[1]), torch.nan)
         gradients = [torch.full_like(t, torch.nan) for t in (q, k, v)]
         numbers, scale = plan(patterns), q.shape[-1] ** -0.5
         launch.forward(q, k, v, out, lse, numbers, scale)
-        launch.backward(q, k, v, out, lse, d_out, None, *gradients, numbers, scale)
+        launch.backward(q, k, v, out, lse, d_out, d_lse, *gradients, numbers, scale)
         return [out, lse, *gradients]
 
     run.kernels = kernels
@@ -77,10 +77,10 @@ def inputs(patterns, S, Dqk, Dv, dtype, B=1):
     return [torch.randn(B, S, H, d, generator=generator).to(dtype) for d in (Dqk, Dqk, Dv, Dv)]
 
 
-def reference(q, k, v, d_out, patterns, dtype):
+def reference(q, k, v, d_out, patterns, dtype, d_lse=None):
     q, k, v = (t.detach().to(dtype).requires_grad_() for t in (q, k, v))
     out, lse = oracle_attention(q, k, v, patterns, q.shape[-1] ** -0.5)
-    out.backward(d_out.to(dtype))
+    torch.autograd.backward((out, lse), (d_out.to(dtype), torch.zeros_like(lse) if d_lse is None else d_lse.to(dtype)))
     return [out.detach(), lse.detach(), q.grad, k.grad, v.grad]
 
 
@@ -133,6 +133,24 @@ def test_attention_by_warps_that_work_alone_is_as_near_the_truth_as_dense_torch(
     assert all(name.endswith("by_warps") for name in launched - {"attention_delta"})
     pauses(0)
     assert all(map(torch.equal, found, attention(*given, patterns)))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("pattern", [Window(15), Window(16), Window(17), Column(1), Column(17), Window(1) | Column(2)])
+def test_edges_of_blocks_packed_inputs_and_gradients_of_the_log_sum_exp(monkeypatch, attention, pattern, alone):
+    """q, k and v of one projection; a sequence of fewer entries than a block, too."""
+    if alone:
+        warps_of(monkeypatch)
+    for S in (12, 68):
+        if isinstance(pattern, Column):
+            S = pattern.stride * (S // 4)
+        packed = torch.randn(2, S, 4 * 96, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        q, k, v = (t.unflatten(-1, (4, 32)) for t in packed.split(128, -1))
+        d_out, d_lse = torch.randn(2, S, 4, 32).to(torch.bfloat16), torch.randn(2, 4, S)
+        found = attention(q, k, v, d_out, [pattern] * 4, d_lse)
+        exact, dense = (reference(q, k, v, d_out, [pattern] * 4, t, d_lse) for t in (torch.float64, torch.bfloat16))
+        for a, b, c in zip(found, exact, dense, strict=True):
+            assert float((a - b).norm()) <= 2 * float((c - b).norm()) + 1e-4
 
 
 COLUMNS = [

@@ -47,7 +47,7 @@ class Warps(NamedTuple):
 
     warps: int  # of a program, each with a head
     programs: int  # on a multiprocessor, over which all is spread
-    early: int = 1  # blocks of a window that are brought before their step
+    early: int = 1  # blocks that are brought before their step, of a window: one or more
     registers: int | None = None
 
 
@@ -150,10 +150,11 @@ def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
 
 BLOCK_ROWS = 16  # queries or keys of a block of warps that work alone
 # (kernel, part, Dqk, Dv) -> Warps, of 16 bits. Empty: their values are tested (tests/test_gluon_values.py), but they
-# have not been timed on a GPU. What fits shared memory and registers for heads 32 wide: ("forward", "window"): Warps(4,
-# 2, 2), ("backward", "window"): Warps(2, 3), ("forward", "column"): Warps(4, 2), ("backward", "column"): Warps(2, 3).
+# have not been timed on a GPU. For heads 32 wide registers and shared memory allow ("forward", "window"): Warps(4, 2,
+# 2), ("backward", "window"): Warps(2, 3), ("forward", "column"): Warps(4, 2), ("backward", "column"): Warps(2, 3).
 WARPS: dict[tuple[str, str, int, int], Warps] = {}
 _MOST_BLOCKS = 8  # that a window reaches back, and of a column
+_MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of which each program takes one KiB more than it asks for
 
 
 def warps(kernel: str, chain: Chain, heads: int, Dqk: int, Dv: int) -> Warps | None:
@@ -162,7 +163,23 @@ def warps(kernel: str, chain: Chain, heads: int, Dqk: int, Dv: int) -> Warps | N
     entries = chain.N if chain.strided else chain.R
     if chosen is None or heads % chosen.warps or entries > _MOST_BLOCKS * BLOCK_ROWS:
         return None
-    return chosen
+    shared = chosen.warps * _of_a_warp(kernel, chain, Dqk, Dv, chosen.early)
+    if shared > _SHARED:
+        return None
+    return chosen._replace(programs=min(chosen.programs, _MULTIPROCESSOR // (shared + 1024)))
+
+
+def _of_a_warp(kernel: str, chain: Chain, Dqk: int, Dv: int, early: int) -> int:
+    """Bytes of shared memory: blocks of tensors Dqk and Dv wide, of two bytes."""
+    both = 2 * BLOCK_ROWS * (Dqk + Dv)
+    if chain.strided:
+        return -(-chain.N // BLOCK_ROWS) * (2 if kernel == "forward" else 3) * both
+    back = -(-chain.R // BLOCK_ROWS)
+    ring = back + 1 + early
+    if kernel == "forward":
+        return ring * both + 2 * BLOCK_ROWS * (2 * Dqk + 3 * Dv)
+    numbers, pairs = 8 * BLOCK_ROWS * ring, 2 * BLOCK_ROWS**2 * (back + 1)
+    return (ring + 2) * both + numbers + pairs + 2 * BLOCK_ROWS * (2 * Dqk + Dv)
 
 
 def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:

@@ -61,9 +61,10 @@ class Between(NamedTuple):
     stages: int
 
 
-# The 59M CIFAR-10 model in bf16 on an H200, ms a byte in two launches a layer and in five: 64 rows 2.46, 2.11; 128 rows
-# 2.47, 2.78; 256 rows 2.59, 2.50; 512 rows 2.89, 3.64; 1,536 rows 4.57, 6.19; 440 merged rows 3.31, 3.80. The launch
-# takes 14 to 15 us for any rows that are one wave: as long as a multiprocessor takes to bring a layer's weights.
+# The 59M CIFAR-10 model in bf16 on an H200, ms a byte in two launches a layer and in five, each at its best with or
+# without overlap: 64 rows 2.46, 2.11; 128 rows 2.47, 2.78; 256 rows 2.59, 2.50; 512 rows 2.89, 3.64; 1,536 rows 4.57,
+# 6.19; 440 merged rows 3.31, 3.80. Between 64 and 128 rows nothing was measured. The launch takes 14 to 15 us for any
+# rows that are one wave: as long as a multiprocessor takes to bring a layer's weights.
 BETWEEN_ROWS = 96
 _BETWEEN_WIDEST = 256
 
@@ -145,9 +146,9 @@ def overlaps(programs: int, between: bool, gpu: Gpu) -> bool:
     """Whether a kernel may begin while the one before ends, for so many rows and heads: while the GPU is not full.
 
     between: two launches a layer. A step of the 59M CIFAR-10 model (2 heads) in bf16 on an H200, ms with and without:
-    1 row 1.20, 1.85; in five launches 128 rows 3.42, 2.95; 256 rows 2.67, 3.22; 512 rows 3.64, 4.27; 1,024 rows 5.83,
+    1 row 1.20, 1.85; in five launches 128 rows 3.15, 2.78; 256 rows 2.50, 3.04; 512 rows 3.64, 4.27; 1,024 rows 5.83,
     5.35. In two: 128 rows 2.53, 2.83; 512 rows 2.89, 3.16; 1,024 rows 3.98, 3.84; 1,536 rows 4.61, 4.62; 440 merged
-    rows 3.31, 3.63. In five launches no bound serves all: this one loses 15 percent at 512 rows.
+    rows 3.31, 3.63. In five launches no bound serves all: this one loses 15 percent at 512 rows, 13 at 128.
     """
     return programs <= (8 if between else 4) * gpu.processors
 

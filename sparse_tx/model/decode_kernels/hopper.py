@@ -101,7 +101,7 @@ def normal(x, gain, shift, c, eps, C: gl.constexpr):
 
 
 @gluon.jit
-def _vectors(GAIN, SHIFT, c, C: gl.constexpr):
+def vectors(GAIN, SHIFT, c, C: gl.constexpr):
     return gl.load(GAIN + c, mask=c < C, other=0.0), gl.load(SHIFT + c, mask=c < C, other=0.0)
 
 
@@ -128,7 +128,7 @@ def _compute(
     mbarrier.wait(x_full.index(0), 0)
     h = _multiply(h, x, 0, ring, full, empty, PARTS, STAGES)
     bias2 = gl.load(BIAS2 + c, mask=c < C, other=0.0).to(gl.float32)
-    gain, shift = _vectors(GAIN, SHIFT, c, C)
+    gain, shift = vectors(GAIN, SHIFT, c, C)
     x.permute([1, 0]).store(normal(h, gain, shift, c, eps, C).to(x.dtype))
     fence_async_shared()
     h += bias2[:, None]
@@ -141,7 +141,7 @@ def _compute(
         fence_async_shared()
         h = _multiply(h, hidden, i + PARTS, ring, full, empty, HIDDEN, STAGES)
     gl.store(stream, h, mask=inside)
-    gain, shift = _vectors(NEXT_GAIN, NEXT_SHIFT, c, C)
+    gain, shift = vectors(NEXT_GAIN, NEXT_SHIFT, c, C)
     x.permute([1, 0]).store(normal(h, gain, shift, c, eps, C).to(x.dtype))
     fence_async_shared()
     for group in range(NEXT):

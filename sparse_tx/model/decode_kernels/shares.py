@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_tx.attention.kernels.shared_memory import barriers, block_descriptor
 from sparse_tx.model.activation import activated
 from sparse_tx.model.decode_kernels.configs import SHARE_ROWS, SHARE_UNITS
-from sparse_tx.model.decode_kernels.hopper import WIDEST, normal, wait_for_previous
+from sparse_tx.model.decode_kernels.hopper import WIDEST, normal, vectors, wait_for_previous
 
 if TYPE_CHECKING:
     from sparse_tx.model.decoder import LayerWeights, Pair
@@ -93,8 +93,7 @@ def feedforward_share(
     bias2 = gl.load(BIAS2 + c, mask=(c < C) & (share == 0), other=0.0).to(gl.float32)
     unit = gl.arange(0, UNITS, gl.SliceLayout(1, narrow))
     bias1 = gl.load(BIAS1 + share * UNITS + unit, mask=share * UNITS + unit < F, other=0.0).to(gl.float32)
-    gain = gl.load(GAIN + c, mask=c < C, other=0.0)
-    shift = gl.load(SHIFT + c, mask=c < C, other=0.0)
+    gain, shift = vectors(GAIN, SHIFT, c, C)
     wait_for_previous(DEPENDENT)
     mbarrier.expect(x_full.index(0), 2 * ROWS * WIDE)
     tma.async_copy_global_to_shared(OUT, [first, 0], x_full.index(0), x)
@@ -115,7 +114,7 @@ def feedforward_share(
 @gluon.jit
 def project_shares(
     SHARES, X, GAIN, SHIFT, W, BIAS, Y, rows, eps,
-    ALL: gl.constexpr, C: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, BIASED: gl.constexpr,
+    ALL: gl.constexpr, C: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, WIDE: gl.constexpr, BIASED: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """X (rows, C) = the sum of SHARES (ALL, rows, C); Y (rows, N) = W LN(X) + b.
@@ -125,7 +124,6 @@ def project_shares(
     OUTS: gl.constexpr = W.block_shape[0]
     DEPTH: gl.constexpr = W.block_shape[1]
     PARTS: gl.constexpr = (C + DEPTH - 1) // DEPTH
-    WIDE: gl.constexpr = 256
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
     w = gl.allocate_shared_memory(W.dtype, [PARTS, OUTS, DEPTH], W.layout)
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDE], W.dtype)
@@ -140,8 +138,7 @@ def project_shares(
     m = first + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
     at = m.to(gl.int64)[None, :] * C + c[:, None]
     inside = (m < rows)[None, :] & (c < C)[:, None]
-    gain = gl.load(GAIN + c, mask=c < C, other=0.0)
-    shift = gl.load(SHIFT + c, mask=c < C, other=0.0)
+    gain, shift = vectors(GAIN, SHIFT, c, C)
     y = gl.zeros([OUTS, ROWS], gl.float32, layout)
     if BIASED:
         y += gl.load(BIAS + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
@@ -177,5 +174,6 @@ def between(
     )  # fmt: skip
     project_shares[(triton.cdiv(len(weight), OUTS), blocks)](
         shares, x, *norm, tiles(weight, OUTS), weight if bias is None else bias, y, rows, eps,
-        ALL=len(shares), C=C, N=len(weight), ROWS=SHARE_ROWS, BIASED=bias is not None, DEPENDENT=dependent, **options,
+        ALL=len(shares), C=C, N=len(weight), ROWS=SHARE_ROWS, WIDE=WIDEST, BIASED=bias is not None,
+        DEPENDENT=dependent, **options,
     )  # fmt: skip

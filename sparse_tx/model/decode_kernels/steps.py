@@ -1,5 +1,5 @@
 """A decoding step as launches of the fused kernels: five for each layer; three or four for few rows; two for many rows
-of a narrow model (three for fewer); one more where programs share a head's keys."""
+of a narrow model; one more where programs share a head's keys."""
 
 from __future__ import annotations
 
@@ -95,26 +95,31 @@ class FusedSteps:
         self._streams = self.x, torch.empty_like(self.x)  # of layers in turn: one is read while the other is written
         self.no_table = torch.zeros(1, C, device=device)
         self.qkv, self.out = empty(batch, projected, dtype=dtype), empty(batch, C, dtype=dtype)
-        self.hidden = empty(batch, spec.ff, dtype=dtype)
         self.splits = [configs.splits(batch * spec.heads, n, self.gpu) for n in slots]
         self.strips = slots
         self.joined = joined and max(self.splits) == 1 and batch <= configs.VECTOR_ROWS
         self.joined_ff = joined_ff and self.joined
-        # All between two attentions, in two launches by so many shares, or in one.
-        self.cut, self.between = 0, None
+        # All between two attentions: in two launches by so many shares, or in one.
+        self.cut = 0
+        self.between: configs.Between | None = None
         if has_roles(device) and not self.joined:
             self.cut = configs.shares(batch, spec.width, spec.ff, dtype.itemsize)
             self.between = configs.between(batch, spec.width, spec.ff, dtype.itemsize, self.gpu)
         # The kernel after the wait reads what the one before wrote: Hopper's launches alone can overlap them.
         if dependent is None:
-            dependent = configs.overlaps(batch * spec.heads, bool(self.cut) or self.between is not None, self.gpu)
+            dependent = configs.overlaps(batch * spec.heads, self._few_launches, self.gpu)
         self.dependent = dependent and gpu and torch.cuda.get_device_capability(device) >= (9, 0)
         # What is still to be added to the residual stream: by each head, and by each program of the feed-forward.
         self.of_heads = spec.heads if self.joined else 0
         self.of_ff = triton.cdiv(spec.ff, configs.feedforward(C, spec.ff)[0]) if self.joined_ff else 0
         self.shares = empty(batch, self.of_heads + self.of_ff, C) if self.joined else self.x
-        self.of_cut = empty(self.cut, batch, C)
+        self.hidden = empty(0 if self._few_launches else batch, spec.ff, dtype=dtype)
+        self.cut_shares = empty(self.cut, batch, C)
         self.partial = empty(batch * spec.heads, max(self.splits), 2 + triton.next_power_of_2(self.Dv))
+
+    @property
+    def _few_launches(self) -> bool:
+        return self.cut > 0 or self.between is not None
 
     def prepare(self, position: int) -> None:
         """Before a step, and before it is captured: have the numbers of its position at hand."""
@@ -123,7 +128,7 @@ class FusedSteps:
     def __call__(self, previous: Tensor, position: Tensor) -> Tensor:
         """previous: (B,), position: (1,) int64. Returns logits (B, V) float32, which the next step writes over."""
         self._embed(previous, position)
-        if self.cut or self.between is not None:
+        if self._few_launches:
             self._linear(self.x, self.weights[0].qkv, self.qkv, norm=self.weights[0].attention_norm)
             for layer in range(self.spec.layers):
                 self._attend(layer, position)
@@ -187,7 +192,7 @@ class FusedSteps:
             norm, after, y = ahead.attention_norm, ahead.qkv, self.qkv
         of_layer = self.out, self.weights[layer], self.x
         if self.cut:
-            shares.between(*of_layer, self.of_cut, norm, after, y, EPS, self.dependent)
+            shares.between(*of_layer, self.cut_shares, norm, after, y, EPS, self.dependent)
         else:
             assert self.between is not None
             between(*of_layer, norm, after, y, self.between, EPS, self.dependent)
