@@ -19,19 +19,27 @@ from typing import Any
 
 import torch
 from attention import WORKLOADS, Workload, median_ms
+from triton.runtime.jit import JITFunction
 
 from sparse_tx.attention.kernels import configs, launch, walks
-from sparse_tx.attention.kernels.configs import Config, Walk
+from sparse_tx.attention.kernels.configs import Config, Walk, Warps
 from sparse_tx.attention.kernels.plan import plan
 
 KERNELS = (
     "window_forward", "column_forward", "attention_forward",
-    "window_backward", "column_backward", "chain_backward", "compact_backward", "attention_delta",
+    "window_backward", "column_backward", "chain_backward", "compact_backward",
+    "window_forward_by_warps", "window_backward_by_warps", "column_forward_by_warps", "column_backward_by_warps",
 )  # fmt: skip
+LAUNCHED = {
+    name: module for module in (launch, walks) for name, x in vars(module).items() if isinstance(x, JITFunction)
+}
 
 
-def candidates(kernel: str) -> list[Walk | Config]:
+def candidates(kernel: str) -> list[Walk | Config | Warps]:
     """What is worth trying, by kernel."""
+    if kernel.endswith("by_warps"):
+        early = (1, 2, 3) if kernel.startswith("window") else (1,)
+        return [Warps(*c) for c in itertools.product((1, 2, 4, 8), (1, 2, 3, 4, 6, 8), early)]
     if kernel.startswith(("window", "column")):
         shapes = [(64, 4, (None, 168)), (64, 8, (None, 128))]
         if kernel.startswith("column"):
@@ -64,13 +72,12 @@ class Recorder:
 def record(work: Workload, tensors: dict[str, torch.Tensor]) -> list:
     """The launches of forward and backward, made with these tensors."""
     found: list = []
-    home = {name: walks if hasattr(walks, name) else launch for name in KERNELS}
-    real = {name: getattr(module, name) for name, module in home.items()}
+    real = {name: getattr(module, name) for name, module in LAUNCHED.items()}
     empty_like = torch.empty_like
     launch.forget_plans()
     try:
         for name, kernel in real.items():
-            setattr(home[name], name, Recorder(name, kernel, found))
+            setattr(LAUNCHED[name], name, Recorder(name, kernel, found))
         t, numbers = tensors, plan(work.patterns)
         torch.empty_like = lambda x: t["delta"] if x is t["lse"] else empty_like(x)
         launch.forward(t["q"], t["k"], t["v"], t["out"], t["lse"], numbers, work.Dqk**-0.5)
@@ -81,7 +88,7 @@ def record(work: Workload, tensors: dict[str, torch.Tensor]) -> list:
     finally:
         torch.empty_like = empty_like
         for name, kernel in real.items():
-            setattr(home[name], name, kernel)
+            setattr(LAUNCHED[name], name, kernel)
         launch.forget_plans()
     return found
 
@@ -98,37 +105,51 @@ def make(work: Workload) -> dict[str, torch.Tensor]:
 def places(kernel: str, work: Workload) -> list[tuple]:
     """The keys under which the tables hold this kernel's configurations for a workload."""
     used: list[tuple] = []
-    walked = kernel.startswith(("window", "column"))
-    direction = "forward" if kernel.endswith("forward") else "keys" if kernel == "compact_backward" else "backward"
-    real = walks.walk, launch.config
+    walked = kernel in ("window_forward", "column_forward", "window_backward", "column_backward")
+    alone = kernel.endswith("by_warps")
+    part, _, rest = kernel.partition("_")
+    direction = "keys" if kernel == "compact_backward" else rest.partition("_")[0] if walked or alone else rest
+    real = walks.walk, launch.config, walks.warps, walks.has_roles
 
     def walk(*key):
-        used.extend([key] if walked and key[1].startswith(kernel.split("_")[0]) else [])
+        used.extend([key] if walked and key[1].startswith(part) else [])
         return real[0](*key)
 
     def config(*key):
-        used.extend([] if walked else [key[:5]])
+        used.extend([] if walked or alone else [key[:5]])
         return real[1](*key)
 
-    walks.walk, launch.config = walk, config
+    def warps(way, chain, heads, *widths):
+        used.extend([(way, chain.part, *widths)] if alone and chain.part == part else [])
+        return real[2](way, chain, heads, *widths)
+
+    walks.walk, launch.config, walks.warps = walk, config, warps
+    if not alone:
+        walks.has_roles = lambda device: False
     try:
         record(work, make(work))
     finally:
-        walks.walk, launch.config = real
+        walks.walk, launch.config, walks.warps, walks.has_roles = real
     return [key for key in dict.fromkeys(used) if key[0] == direction]
 
 
-def with_candidate(key: tuple, candidate: Walk | Config | None):
-    """Sets the table's entry, and for a Config takes the walk's away; returns what undoes it."""
-    before = dict(configs.WALKS), dict(configs.TUNED)
+def with_candidate(key: tuple, candidate: Walk | Config | Warps | None):
+    """Sets the table's entry, and takes away what comes before it; returns what undoes it."""
+    tables = configs.WALKS, configs.TUNED, configs.WARPS
+    before, roles = [dict(table) for table in tables], walks.has_roles
+    if isinstance(candidate, Warps):
+        configs.WARPS[key] = candidate
+    elif candidate is not None:
+        walks.has_roles = lambda device: False
     if isinstance(candidate, Walk):
         configs.WALKS[key] = candidate
-    elif candidate is not None:
+    elif isinstance(candidate, Config):
         configs.WALKS.pop(key[:4], None)
         configs.TUNED[key] = candidate
 
     def undo() -> None:
-        for table, entries in zip((configs.WALKS, configs.TUNED), before, strict=True):
+        walks.has_roles = roles
+        for table, entries in zip(tables, before, strict=True):
             table.clear()
             table.update(entries)
 
@@ -163,7 +184,7 @@ def compare(name: str, kernel: str, key: tuple, options: list, top: int) -> None
     sets = [make(work) for _ in range(max(2, int(120e6 / size) + 1))]
     written = {"forward": ("out", "lse"), "backward": ("dq", "dk", "dv")}[kernel.split("_")[1]]
 
-    def all_of(candidate: Walk | Config | None, t: dict) -> list:
+    def all_of(candidate: Walk | Config | Warps | None, t: dict) -> list:
         undo = with_candidate(key, candidate)
         try:
             return record(work, t)
@@ -206,7 +227,7 @@ def compare(name: str, kernel: str, key: tuple, options: list, top: int) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", default="", help="comma-separated beginnings of names; all if empty")
-    parser.add_argument("--kernels", default=",".join(KERNELS[:-1]))
+    parser.add_argument("--kernels", default=",".join(KERNELS))
     parser.add_argument("--top", type=int, default=6, help="candidates printed")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     options = parser.parse_args()
@@ -218,7 +239,7 @@ def main() -> None:
     tasks = {}
     for name, kernel, key, found in jobs:
         for c in found:
-            once = c._replace(programs=0) if isinstance(c, Walk) else c
+            once = c._replace(programs=0) if isinstance(c, (Walk, Warps)) else c
             tasks.setdefault((name, kernel, key, once), (name, kernel, key, c))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
