@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LOG2E
+from sparse_tx.attention.kernels.tiles import LOG2E, program
 
 
 @gluon.jit
@@ -177,10 +177,8 @@ def column_backward_by_roles(
     kv_full, kv_empty = barriers(NKV), barriers(NKV)
     pair_full, pair_empty = barriers(NP), barriers(NP)
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % heads  # neighbours in memory beside each other
-    chunk = pid // heads % chunks
-    b = pid // heads // chunks
+    chunk, b, h = program(chunks, heads, False)
+    head = h0 + h
     numbers = (b.to(gl.int64) * H + head) * S
     LSE += numbers
     DELTA += numbers

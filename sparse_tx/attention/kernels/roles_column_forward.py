@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2
+from sparse_tx.attention.kernels.tiles import LN2, program
 
 
 @gluon.jit
@@ -120,10 +120,8 @@ def column_forward_by_roles(
     for at in gl.static_range(2 * NT):
         mbarrier.init(kv_empty.index(at), count=NT - at % NT)  # the tiles of queries that see it
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % heads  # neighbours in memory beside each other
-    chunk = pid // heads % chunks
-    b = pid // heads // chunks
+    chunk, b, h = program(chunks, heads, False)
+    head = h0 + h
     LSE += (b.to(gl.int64) * H + head) * S
     first = chunk * length
     count = gl.minimum(length, L - first)

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, LOG2E, pair_is_masked, pair_seen
+from sparse_tx.attention.kernels.tiles import LN2, LOG2E, pair_is_masked, pair_seen, program
 
 
 @gluon.jit
@@ -60,10 +60,8 @@ def window_forward_by_warps(
     v = gl.allocate_shared_memory(dtype, [RING, 1, W, T, BDV], V.layout)
     q_full, kv_full = barriers(2), barriers(RING)
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % groups * W
-    chunk = pid // groups % chunks
-    b = pid // groups // chunks
+    chunk, b, group = program(chunks, groups, False)
+    head = h0 + group * W
     own = chunk * length
     count = gl.minimum(length, (S + T - 1) // T - own)
     heads = head + gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
@@ -176,10 +174,8 @@ def window_backward_by_warps(
     dv_at = gl.allocate_shared_memory(dtype, [1, W, T, BDV], DV.layout)
     qg_full, kv_full, old_full = barriers(RING), barriers(2), barriers(1)
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % groups * W
-    chunk = pid // groups % chunks
-    b = pid // groups // chunks
+    chunk, b, group = program(chunks, groups, False)
+    head = h0 + group * W
     own = chunk * length
     begin = gl.maximum(own - BACK, 0)
     count = gl.minimum(own + length, (S + T - 1) // T) - begin

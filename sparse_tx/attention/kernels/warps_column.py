@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, LOG2E, pair_is_masked, pair_seen
+from sparse_tx.attention.kernels.tiles import LN2, LOG2E, pair_is_masked, pair_seen, program
 
 
 @gluon.jit
@@ -43,10 +43,8 @@ def column_forward_by_warps(
     o = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDV], O.layout)
     full = barriers(1)
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % groups * W
-    chunk = pid // groups % chunks
-    b = pid // groups // chunks
+    chunk, b, group = program(chunks, groups, False)
+    head = h0 + group * W
     first = chunk * length
     rows = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     heads = head + gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
@@ -121,10 +119,8 @@ def column_backward_by_warps(
     dq_at = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDQ], DQ.layout)
     full = barriers(1)
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % groups * W
-    chunk = pid // groups % chunks
-    b = pid // groups // chunks
+    chunk, b, group = program(chunks, groups, False)
+    head = h0 + group * W
     first = chunk * length
     rows = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     heads = head + gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
