@@ -12,6 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 import emulator
+from every_pattern import patterns_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_kernels_compile import KERNELS, warps_of
 from torch.nn.functional import layer_norm, linear
 from triton.experimental import gluon
@@ -151,6 +154,37 @@ def test_edges_of_blocks_packed_inputs_and_gradients_of_the_log_sum_exp(monkeypa
         exact, dense = (reference(q, k, v, d_out, [pattern] * 4, t, d_lse) for t in (torch.float64, torch.bfloat16))
         for a, b, c in zip(found, exact, dense, strict=True):
             assert float((a - b).norm()) <= 2 * float((c - b).norm()) + 1e-4
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_shape_and_any_heads_as_an_h100_runs_them(monkeypatch, attention, data):
+    """With the copy engine and roles wherever they are taken, and with the kernels that are not taken yet."""
+    from sparse_tx.attention.kernels import configs
+
+    with monkeypatch.context() as patched:
+        if data.draw(st.booleans(), "all kernels"):
+            warps_of(patched)
+            patched.setattr(configs, "ROLES_COLUMNS", {(64, 64)})
+        l = data.draw(st.sampled_from([4, 8, 12, 17, 32, 64, 96]), "l")
+        H = data.draw(st.sampled_from([1, 2, 4]), "H")
+        heads = data.draw(st.lists(st.sampled_from(patterns_of(l)), min_size=H, max_size=H), "heads")
+        if data.draw(st.booleans(), "alike"):
+            heads = heads[:1] * H
+        widths = data.draw(st.sampled_from([(32, 32), (64, 64), (64, 128), (24, 40)]), "widths")
+        dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]), "dtype")
+        # Of enough entries that errors are like dense torch's and not a single one's.
+        S = l * data.draw(st.integers(max(2, 64 // l), max(3, 320 // l)), "rows") + 4 * data.draw(
+            st.integers(0, 1), "more"
+        )
+        tensors = inputs(heads, S, *widths, dtype)
+        found = attention(*tensors, heads)
+        exact, dense = (reference(*tensors, heads, t) for t in (torch.float64, dtype))
+        for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), found, exact, dense, strict=True):
+            seen = torch.isfinite(b)
+            assert torch.equal(seen, torch.isfinite(a)), name
+            off, allowed = (float((x[seen] - b[seen]).norm()) for x in (a, c))
+            assert off <= 2 * allowed + 3e-4 * float(b[seen].norm()) + 1e-5, name
 
 
 COLUMNS = [
