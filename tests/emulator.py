@@ -56,8 +56,6 @@ def block(x):
 class Block:
     """A block of numbers in registers."""
 
-    __array_priority__ = 1
-
     def __init__(self, data):
         self.data = data
 
@@ -290,7 +288,7 @@ def _unchanged(reads, what):
         assert torch.equal(shared.data.nan_to_num(1e30), before.nan_to_num(1e30)), f"written while {what} read it"
 
 
-def _to_shared(descriptor, at, barrier, shared, pred=True):
+def _to_shared(descriptor, at, barrier, shared):
     """Until it is there the place holds nothing."""
     found = descriptor.load(at).data
     shared.data.fill_(float("nan"))

@@ -87,6 +87,17 @@ def reference(q, k, v, d_out, patterns, dtype, d_lse=None):
     return [out.detach(), lse.detach(), q.grad, k.grad, v.grad]
 
 
+def near_the_truth(attention, given, patterns, dtype):
+    """What attention gives, which is as near to float64 as dense torch in this dtype."""
+    found = attention(*given, patterns)
+    exact, dense = (reference(*given, patterns, t) for t in (torch.float64, dtype))
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), found, exact, dense, strict=True):
+        seen = torch.isfinite(b)
+        assert torch.equal(seen, torch.isfinite(a)), name
+        assert relative(a[seen], b[seen]) <= 2 * relative(c[seen], b[seen]) + 1e-6, name
+    return found
+
+
 CASES = [
     ([Window(96)] * 2, 300, 64, 128, torch.bfloat16),
     ([Window(16)], 132, 64, 64, torch.bfloat16),
@@ -102,10 +113,7 @@ CASES = [
 def test_attention_by_roles_is_as_near_the_truth_as_dense_torch(attention, case):
     patterns, _, _, _, dtype = case
     given = inputs(*case)
-    found = attention(*given, patterns)
-    exact, dense = (reference(*given, patterns, t) for t in (torch.float64, dtype))
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), found, exact, dense, strict=True):
-        assert relative(a, b) <= 2 * relative(c, b) + 1e-6, name
+    near_the_truth(attention, given, patterns, dtype)
     assert attention.kernels["window_backward_by_roles"].launched
     assert attention.kernels["window_forward_by_roles"].launched or given[0].shape[-1] < 64
 
@@ -126,12 +134,7 @@ def test_attention_by_warps_that_work_alone_is_as_near_the_truth_as_dense_torch(
     warps_of(monkeypatch)
     patterns, _, _, _, dtype = case
     given = inputs(*case, B=2)
-    found = attention(*given, patterns)
-    exact, dense = (reference(*given, patterns, t) for t in (torch.float64, dtype))
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), found, exact, dense, strict=True):
-        seen = torch.isfinite(b)
-        assert torch.equal(seen, torch.isfinite(a)), name
-        assert relative(a[seen], b[seen]) <= 2 * relative(c[seen], b[seen]) + 1e-6, name
+    found = near_the_truth(attention, given, patterns, dtype)
     launched = {name for name, kernel in attention.kernels.items() if kernel.launched}
     assert all(name.endswith("by_warps") for name in launched - {"attention_delta"})
     pauses(0)
@@ -201,11 +204,7 @@ def test_columns_by_roles_are_as_near_the_truth_as_dense_torch(monkeypatch, atte
     monkeypatch.setattr(configs, "ROLES_COLUMNS", {(64, 64)})
     patterns, _, _, _, dtype = case
     given = inputs(*case, B=2)
-    found = attention(*given, patterns)
-    exact, dense = (reference(*given, patterns, t) for t in (torch.float64, dtype))
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), found, exact, dense, strict=True):
-        seen = torch.isfinite(b)
-        assert relative(a[seen], b[seen]) <= 2 * relative(c[seen], b[seen]) + 1e-6, name
+    found = near_the_truth(attention, given, patterns, dtype)
     assert all(attention.kernels[f"column_{way}_by_roles"].launched for way in ("forward", "backward"))
     pauses(0)
     assert all(map(torch.equal, found, attention(*given, patterns)))

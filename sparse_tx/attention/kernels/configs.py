@@ -128,10 +128,15 @@ def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
 ROLES_COLUMNS: set[tuple[int, int]] = set()
 
 
+def _column_tiles(N: int, Dqk: int, Dv: int) -> int:
+    """Of a column that goes by roles; 0 where it does not."""
+    tiles = -(-N // ROLES_TILE)
+    return tiles if (Dqk, Dv) in ROLES_COLUMNS and 2 <= tiles <= 4 else 0
+
+
 def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
     """As `roles`, for columns of N entries."""
-    tiles = -(-N // ROLES_TILE)
-    if (Dqk, Dv) not in ROLES_COLUMNS or not 2 <= tiles <= 4:
+    if not (tiles := _column_tiles(N, Dqk, Dv)):
         return None
     found = roles((tiles - 1) * ROLES_TILE, Dqk, Dv)
     return None if found is None else found._replace(registers=found.registers - 8)  # four tiles of dq spill else
@@ -146,6 +151,15 @@ def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     tile = 2 * ROLES_TILE * (Dqk + Dv)
     fits = (back + 1 + groups + groups) * tile <= _SHARED
     return ForwardRoles(back + groups, groups, 160 if groups == 3 else 232) if fits else None
+
+
+def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
+    """As `column_roles`."""
+    if not (tiles := _column_tiles(N, Dqk, Dv)):
+        return None
+    groups = min(3, tiles)
+    fits = (2 * tiles + groups) * 2 * ROLES_TILE * (Dqk + Dv) <= _SHARED
+    return ForwardRoles(2 * tiles, groups, 160 if groups == 3 else 232) if fits else None
 
 
 BLOCK_ROWS = 16  # queries or keys of a block of warps that work alone
@@ -180,16 +194,6 @@ def _of_a_warp(kernel: str, chain: Chain, Dqk: int, Dv: int, early: int) -> int:
         return ring * both + 2 * BLOCK_ROWS * (2 * Dqk + 3 * Dv)
     numbers, pairs = 8 * BLOCK_ROWS * ring, 2 * BLOCK_ROWS**2 * (back + 1)
     return (ring + 2) * both + numbers + pairs + 2 * BLOCK_ROWS * (2 * Dqk + Dv)
-
-
-def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
-    """As `column_roles`."""
-    tiles = -(-N // ROLES_TILE)
-    if (Dqk, Dv) not in ROLES_COLUMNS or not 2 <= tiles <= 4:
-        return None
-    groups = min(3, tiles)
-    fits = (2 * tiles + groups) * 2 * ROLES_TILE * (Dqk + Dv) <= _SHARED
-    return ForwardRoles(2 * tiles, groups, 160 if groups == 3 else 232) if fits else None
 
 
 def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:

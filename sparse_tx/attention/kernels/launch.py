@@ -10,10 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparse_tx.attention.kernels import (
-    interpreted,  # noqa: F401
-    is_large,
-)
+from sparse_tx.attention.kernels import interpreted, is_large  # noqa: F401
 from sparse_tx.attention.kernels.backward import attention_delta, chain_backward, compact_backward
 from sparse_tx.attention.kernels.configs import COMPACT, Config, config, part_of, power_of_two
 from sparse_tx.attention.kernels.copies import (

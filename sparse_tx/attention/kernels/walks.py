@@ -57,8 +57,7 @@ def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand
         rule, entries = (column_forward_roles, chain.N) if chain.strided else (forward_roles, chain.R)
         by_roles = rule(entries, q.shape[-1], v.shape[-1])
     if by_roles is not None:
-        along = _columns_forward_by_roles if chain.strided else _forward_by_roles
-        return along(chain, run, by_roles, merge, tensors, scale)
+        return _forward_by_roles(chain, run, by_roles, merge, tensors, scale)
     walked = _walk("forward", chain, tensors)
     return None if walked is None else _walk_forward(chain, run, walked, merge, tensors, scale)
 
@@ -83,7 +82,7 @@ def makes_delta(way: Roles | Walk | Warps | None, chain: Chain, alone: bool, sin
         return False
     if isinstance(way, Warps):
         return chain.strided
-    return (alone and chain.part == "window") or (single if way is None else chain.strided or single)
+    return single or (alone and chain.part == "window") or (way is not None and chain.strided)
 
 
 def backward_along(
@@ -92,8 +91,7 @@ def backward_along(
 ) -> Launch:  # fmt: skip
     """way: of `way_backward`. delta_here: whether this pass makes delta, which only walks do of a window."""
     if isinstance(way, Roles):
-        along = _columns_by_roles if chain.strided else _backward_by_roles
-        return along(chain, run, way, add, tensors, scale)
+        return _backward_by_roles(chain, run, way, add, tensors, scale)
     if isinstance(way, Warps):
         return _backward_by_warps(chain, run, way, add, store_delta, has_dlse, tensors, scale)
     return _walk_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
@@ -182,36 +180,52 @@ def _walk_forward(
     )  # fmt: skip
 
 
+def _by_roles(
+    chain: Chain, run: Run, halo: int, tensors: Sequence[Operand]
+) -> tuple[int, tuple[int, ...], dict[str, object]]:
+    """Programs, numbers and constants of a launch by warps with roles. halo: what a program costs beyond its tiles of a
+    window; beyond its columns it is one.
+    """
+    q = tensors[0]
+    B, S, H, _ = q.shape
+    tiles, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // ROLES_TILE), halo)
+    length, chunks = _chunks(tiles, B * run.heads, halo, q.device)
+    numbers = S, H, run.head, run.heads, chunks, length
+    if chain.strided:
+        of_columns = {"NEAR": chain.near, "NT": -(-chain.N // ROLES_TILE)}
+        return chunks * B * run.heads, (*numbers, chain.L), {"R": chain.R, **of_columns}
+    return chunks * B * run.heads, numbers, {"R": chain.R}
+
+
 def _forward_by_roles(
     chain: Chain, run: Run, chosen: ForwardRoles, merge: bool, tensors: Sequence[Operand], scale: float
 ) -> Launch:
-    q, k, v, out, lse = tensors
-    B, S, H, _ = q.shape
-    described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, out)]
-    # What a program costs beyond its tiles: half of the keys before them, and some two to begin and to end.
+    # Half of the keys before a program's own, and some two tiles to begin and to end.
     halo = -(-chain.R // ROLES_TILE) // 2 + 2
-    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, q.device)
+    programs, numbers, constants = _by_roles(chain, run, halo, tensors)
+    if not chain.strided:  # a column is the first pass of its heads: it never merges
+        constants |= {"NKV": chosen.keys, "MERGE": merge}
+    described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in tensors[:4]]
     return Launch(
-        window_forward_by_roles, chunks * B * run.heads,
-        *described, lse, S, H, run.head, run.heads, chunks, length, scale * LOG2E.value,
-        R=chain.R, NKV=chosen.keys, GROUPS=chosen.groups, REGISTERS=chosen.registers, MERGE=merge, num_warps=4,
+        column_forward_by_roles if chain.strided else window_forward_by_roles, programs,
+        *described, tensors[4], *numbers, scale * LOG2E.value,
+        **constants, GROUPS=chosen.groups, REGISTERS=chosen.registers, num_warps=4,
     )  # fmt: skip
 
 
-def _columns_forward_by_roles(
-    chain: Chain, run: Run, chosen: ForwardRoles, merge: bool, tensors: Sequence[Operand], scale: float
+def _backward_by_roles(
+    chain: Chain, run: Run, chosen: Roles, add: bool, tensors: Sequence[Operand], scale: float
 ) -> Launch:
-    """A column is the first pass of its heads: it never merges."""
-    assert not merge
-    q, _, _, _, lse = tensors
-    B, S, H, _ = q.shape
-    described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in tensors[:4]]
-    length, chunks = _chunks(min(chain.L, S), B * run.heads, 1, q.device)
+    q, k, v, _, lse, dout, _, delta, *gradients = tensors
+    # The tiles that a walk begins with, and some two to begin and to end.
+    programs, numbers, constants = _by_roles(chain, run, -(-chain.R // ROLES_TILE) + 2, tensors)
+    if not chain.strided:  # a column is the first pass of its heads: it never adds
+        constants["ADD"] = add
+    by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
     return Launch(
-        column_forward_by_roles, chunks * B * run.heads,
-        *described, lse, S, H, run.head, run.heads, chunks, length, chain.L, scale * LOG2E.value,
-        NEAR=chain.near, R=chain.R, NT=-(-chain.N // ROLES_TILE), GROUPS=chosen.groups, REGISTERS=chosen.registers,
-        num_warps=4,
+        column_backward_by_roles if chain.strided else window_backward_by_roles, programs,
+        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale,
+        **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, num_warps=4,
     )  # fmt: skip
 
 
@@ -238,42 +252,6 @@ def _walk_backward(
     return Launch(
         window_backward, programs, *arguments, scale * LOG2E.value, scale,
         R=chain.R, ADD=add, DELTA_HERE=delta_here, **constants, **options,
-    )  # fmt: skip
-
-
-def _backward_by_roles(
-    chain: Chain, run: Run, chosen: Roles, add: bool, tensors: Sequence[Operand], scale: float
-) -> Launch:
-    q, k, v, _, lse, dout, _, delta, *gradients = tensors
-    B, S, H, _ = q.shape
-    by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
-    # What a walk costs beyond its tiles: those it begins with, and some two to begin and to end.
-    halo = -(-chain.R // ROLES_TILE) + 2
-    length, chunks = _chunks(-(-S // ROLES_TILE), B * run.heads, halo, lse.device)
-    return Launch(
-        window_backward_by_roles, chunks * B * run.heads,
-        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:],
-        S, H, run.head, run.heads, chunks, length, scale * LOG2E.value, scale,
-        R=chain.R, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, ADD=add,
-        num_warps=4,
-    )  # fmt: skip
-
-
-def _columns_by_roles(
-    chain: Chain, run: Run, chosen: Roles, add: bool, tensors: Sequence[Operand], scale: float
-) -> Launch:
-    """A column is the first pass of its heads: it never adds."""
-    assert not add
-    q, k, v, _, lse, dout, _, delta, *gradients = tensors
-    B, S, H, _ = q.shape
-    by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
-    length, chunks = _chunks(min(chain.L, S), B * run.heads, 1, lse.device)
-    return Launch(
-        column_backward_by_roles, chunks * B * run.heads,
-        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:],
-        S, H, run.head, run.heads, chunks, length, chain.L, scale * LOG2E.value, scale,
-        NEAR=chain.near, R=chain.R, NT=-(-chain.N // ROLES_TILE), NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs,
-        REGISTERS=chosen.registers, num_warps=4,
     )  # fmt: skip
 
 

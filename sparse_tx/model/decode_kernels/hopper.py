@@ -188,8 +188,8 @@ def between_by_roles(
     )  # fmt: skip
 
 
-def _tiles(weight: Tensor, depth: int) -> TensorDescriptor:
-    return block_descriptor(weight, weight.shape, weight.stride(), [WIDEST, depth])
+def tiles(weight: Tensor, outputs: int, depth: int) -> TensorDescriptor:
+    return block_descriptor(weight, weight.shape, weight.stride(), [outputs, depth])
 
 
 def between(
@@ -203,9 +203,9 @@ def between(
     rows, C = out.shape
     weight, bias = after
     between_by_roles[(triton.cdiv(rows, t.rows),)](
-        block_descriptor(out, out.shape, out.stride(), [t.rows, WIDEST]),
-        _tiles(w.out[0], t.inputs), w.out[1], x, *w.ff_norm, _tiles(w.expand[0], t.inputs), w.expand[1],
-        _tiles(w.contract[0], t.inputs), w.contract[1], *norm, _tiles(weight, t.inputs),
+        tiles(out, t.rows, WIDEST),
+        tiles(w.out[0], WIDEST, t.inputs), w.out[1], x, *w.ff_norm, tiles(w.expand[0], WIDEST, t.inputs), w.expand[1],
+        tiles(w.contract[0], WIDEST, t.inputs), w.contract[1], *norm, tiles(weight, WIDEST, t.inputs),
         weight if bias is None else bias, y, rows, eps,
         C=C, F=len(w.expand[0]), N=len(weight), STAGES=t.stages, BIASED=bias is not None, ACTIVATION=w.activation,
         DEPENDENT=dependent, num_warps=8, **({"launch_pdl": True} if dependent else {}),

@@ -25,10 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.shared_memory import barriers, block_descriptor
+from sparse_tx.attention.kernels.shared_memory import barriers
 from sparse_tx.model.activation import activated
 from sparse_tx.model.decode_kernels.configs import SHARE_ROWS, SHARE_UNITS
-from sparse_tx.model.decode_kernels.hopper import WIDEST, normal, vectors, wait_for_previous
+from sparse_tx.model.decode_kernels.hopper import WIDEST, normal, tiles, vectors, wait_for_previous
 
 if TYPE_CHECKING:
     from sparse_tx.model.decoder import LayerWeights, Pair
@@ -163,17 +163,15 @@ def between(
     weight, bias = after
     options = {"num_warps": 8, **({"launch_pdl": True} if dependent else {})}
 
-    def tiles(t: Tensor, outputs: int) -> object:
-        return block_descriptor(t, t.shape, t.stride(), [outputs, DEPTH])
-
     blocks = triton.cdiv(rows, SHARE_ROWS)
     feedforward_share[(len(shares), blocks)](
-        block_descriptor(out, out.shape, out.stride(), [SHARE_ROWS, WIDEST]), tiles(w.out[0], WIDEST), w.out[1], x,
-        *w.ff_norm, tiles(w.expand[0], SHARE_UNITS), w.expand[1], tiles(w.contract[0], WIDEST), w.contract[1], shares,
-        rows, eps, C=C, F=len(w.expand[0]), ACTIVATION=w.activation, DEPENDENT=dependent, **options,
+        tiles(out, SHARE_ROWS, WIDEST), tiles(w.out[0], WIDEST, DEPTH), w.out[1], x,
+        *w.ff_norm, tiles(w.expand[0], SHARE_UNITS, DEPTH), w.expand[1], tiles(w.contract[0], WIDEST, DEPTH),
+        w.contract[1], shares, rows, eps, C=C, F=len(w.expand[0]), ACTIVATION=w.activation, DEPENDENT=dependent,
+        **options,
     )  # fmt: skip
     project_shares[(triton.cdiv(len(weight), OUTS), blocks)](
-        shares, x, *norm, tiles(weight, OUTS), weight if bias is None else bias, y, rows, eps,
+        shares, x, *norm, tiles(weight, OUTS, DEPTH), weight if bias is None else bias, y, rows, eps,
         ALL=len(shares), C=C, N=len(weight), ROWS=SHARE_ROWS, WIDE=WIDEST, BIASED=bias is not None,
         DEPENDENT=dependent, **options,
     )  # fmt: skip
