@@ -98,7 +98,7 @@ def test_every_launch_of_a_decoding_step_compiles_and_fits(monkeypatch, case, ca
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("width", "ff", "rows"), [(256, 512, 100), (256, 1024, 3000), (200, 264, 100)])
+@pytest.mark.parametrize(("width", "ff", "rows"), [(256, 512, 300), (256, 1024, 3000), (200, 264, 300)])
 def test_what_lies_between_two_attentions_compiles_as_one_launch_and_as_two_and_fits_shared_memory(
     monkeypatch, width, ff, rows, dtype
 ):

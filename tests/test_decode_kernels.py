@@ -116,7 +116,7 @@ def test_a_feedforward_of_one_launch_gives_the_logits_of_two(monkeypatch, change
 
 
 def test_what_lies_between_two_attentions_is_one_launch_for_many_rows_of_narrow_models_in_16_bits():
-    gpu, rows = configs.Gpu(132, 232448), configs.BETWEEN_ROWS
+    gpu, rows = configs.Gpu(132, 232448), configs.SHARED_ROWS + 1
     assert configs.between(rows, 256, 512, 2, gpu)
     assert configs.between(rows, 200, 264, 2, gpu)
     one, two = (configs.between(n, 256, 512, 2, gpu).rows for n in (16 * 132, 16 * 132 + 1))

@@ -61,11 +61,13 @@ class Between(NamedTuple):
     stages: int
 
 
-# The 59M CIFAR-10 model in bf16 on an H200, ms a byte in two launches a layer and in five, each at its best with or
-# without overlap: 64 rows 2.46, 2.11; 128 rows 2.47, 2.78; 256 rows 2.59, 2.50; 512 rows 2.89, 3.64; 1,536 rows 4.57,
-# 6.19; 440 merged rows 3.31, 3.80. Between 64 and 128 rows nothing was measured. The launch takes 14 to 15 us for any
-# rows that are one wave: as long as a multiprocessor takes to bring a layer's weights.
-BETWEEN_ROWS = 96
+# Rows up to which programs share a layer's weights, and from which on each reads them all. The 59M CIFAR-10 model in
+# bf16, ms a byte of three launches a layer by shares, of two and of five, each at its best with or without overlap. On
+# an H100: 16 rows 1.76, -, 2.01; 64 rows 1.81, -, 2.09; 128 rows 1.92, 2.38, 2.24; 192 rows 2.11, 2.48, 2.45; 256 rows
+# 2.30, 2.59, 2.48; 320 rows 2.91, 2.67, 2.73. On an H200 two and five: 512 rows 2.89, 3.64; 1,536 rows 4.57, 6.19; 440
+# merged rows 3.31, 3.80. The launch of all takes 14 to 15 us for any rows that are one wave: as long as a
+# multiprocessor takes to bring a layer's weights.
+SHARED_ROWS = 256
 _BETWEEN_WIDEST = 256
 
 
@@ -75,15 +77,12 @@ def between(rows: int, width: int, ff: int, itemsize: int, gpu: Gpu) -> Between 
 
     1,536 rows as above: tiles of 64 inputs 4.57, of 128 (three at a time) 4.62; 32 rows a program 5.01.
     """
-    if rows < BETWEEN_ROWS or width > _BETWEEN_WIDEST or width % 8 or ff % 8 or itemsize != 2:
+    if rows <= SHARED_ROWS or width > _BETWEEN_WIDEST or width % 8 or ff % 8 or itemsize != 2:
         return None
     return Between(16 if rows <= 16 * gpu.processors else 32, 64, 6)
 
 
 SHARE_ROWS, SHARE_UNITS = 16, 64  # rows and hidden units of a program of `feedforward_share`
-# Rows up to which programs share a layer's weights: none yet. Values are tested (tests/test_gluon_values.py), but the
-# kernels have not been timed on a GPU.
-SHARED_ROWS = 0
 
 
 def shares(rows: int, width: int, ff: int, itemsize: int) -> int:
@@ -142,15 +141,16 @@ def feedforward(width: int, ff: int) -> tuple[int, int]:
     return max(1, min(8192 // next_power_of_2(width), next_power_of_2(ff))), 8
 
 
-def overlaps(programs: int, between: bool, gpu: Gpu) -> bool:
+def overlaps(programs: int, few_launches: bool, gpu: Gpu) -> bool:
     """Whether a kernel may begin while the one before ends, for so many rows and heads: while the GPU is not full.
 
-    between: two launches a layer. A step of the 59M CIFAR-10 model (2 heads) in bf16 on an H200, ms with and without:
-    1 row 1.20, 1.85; in five launches 128 rows 3.15, 2.78; 256 rows 2.50, 3.04; 512 rows 3.64, 4.27; 1,024 rows 5.83,
-    5.35. In two: 128 rows 2.53, 2.83; 512 rows 2.89, 3.16; 1,024 rows 3.98, 3.84; 1,536 rows 4.61, 4.62; 440 merged
-    rows 3.31, 3.63. In five launches no bound serves all: this one loses 15 percent at 512 rows, 13 at 128.
+    few_launches: two a layer or three. Three won by it at any rows, 128 on an H100 by 2.44 to 1.92 ms. A step of the 59M
+    CIFAR-10 model (2 heads) in bf16 on an H200, ms with and without: 1 row 1.20, 1.85; in five launches 128 rows 3.15,
+    2.78; 256 rows 2.50, 3.04; 512 rows 3.64, 4.27; 1,024 rows 5.83, 5.35. In two: 512 rows 2.89, 3.16; 1,024 rows 3.98,
+    3.84; 1,536 rows 4.61, 4.62; 440 merged rows 3.31, 3.63. In five launches no bound serves all: this one loses 15
+    percent at 512 rows, 13 at 128.
     """
-    return programs <= (8 if between else 4) * gpu.processors
+    return programs <= (8 if few_launches else 4) * gpu.processors
 
 
 def splits(programs: int, slots: int, gpu: Gpu) -> int:
