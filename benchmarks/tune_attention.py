@@ -28,7 +28,7 @@ from sparse_tx.attention.kernels.plan import plan
 KERNELS = (
     "window_forward", "column_forward", "attention_forward",
     "window_backward", "column_backward", "chain_backward", "compact_backward",
-    "window_forward_by_warps", "window_backward_by_warps", "column_forward_by_warps", "column_backward_by_warps",
+    "window_forward_by_warps", "column_forward_by_warps",
 )  # fmt: skip
 LAUNCHED = {
     name: module for module in (launch, walks) for name, x in vars(module).items() if isinstance(x, JITFunction)
@@ -119,9 +119,9 @@ def places(kernel: str, work: Workload) -> list[tuple]:
         used.extend([] if walked or alone else [key[:5]])
         return real[1](*key)
 
-    def warps(way, chain, heads, *widths):
-        used.extend([(way, chain.part, *widths)] if alone and chain.part == part else [])
-        return real[2](way, chain, heads, *widths)
+    def warps(chain, heads, *widths):
+        used.extend([("forward", chain.part, *widths)] if alone and chain.part == part else [])
+        return real[2](chain, heads, *widths)
 
     walks.walk, launch.config, walks.warps = walk, config, warps
     if not alone:

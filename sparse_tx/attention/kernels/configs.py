@@ -43,7 +43,7 @@ class ForwardRoles(NamedTuple):
 
 
 class Warps(NamedTuple):
-    """Of a kernel whose warps work alone."""
+    """Of a forward kernel whose warps work alone."""
 
     warps: int  # of a program, each with a head
     programs: int  # on a multiprocessor, over which all is spread
@@ -106,8 +106,10 @@ _SHARED = 226 * 1024  # bytes of a program, barriers aside
 def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
     """For a window of R keys, heads of powers of two wide, 16 bits; None if it does not fit.
 
-    On an H100, us, delta included: CIFAR-10's window 81 (108 by tiles of their own), audio's 299 (477), ImageNet64's
-    236 (288 as a walk), 12,288 positions of 8 heads 64 wide with windows of 16 and 32 keys 177 and 180 (212, 214).
+    On an H100, us, delta included: CIFAR-10's window 79 (108 by tiles of their own), audio's 294 (477), ImageNet64's
+    225 (288 as a walk), 12,288 positions of 8 heads 64 wide with windows of 16 and 32 keys 177 and 180 (212, 214).
+    Lost: scores of the next pair under way (on an H200 CIFAR-10's 70 for 66, audio's 464 for 280, ImageNet64's 199 for
+    206); a third group that makes weights, where registers allow (ImageNet64's 230 for 225).
     """
     back = -(-R // ROLES_TILE)
     # A thread of four warps has half a register for each column of a tile's accumulator: dk, dv and back + 1 times dq.
@@ -116,16 +118,18 @@ def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
     if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 32 or registers < 112:
         return None
     tile, pair = 2 * ROLES_TILE * (Dqk + Dv), 4 * ROLES_TILE**2
-    for queries, pairs in ((back + 2, 3), (back + 2, 2), (back + 1, 2)):
+    # Weights are up to a tile of keys ahead of the gradients: of two such tiles the next would come when it is wanted.
+    few = (back + 2, 2, 3), (back + 2, 2, 2), (back + 1, 2, 2)
+    for queries, keys, pairs in ((back + 2, 4, 4), (back + 2, 4, 3), (back + 2, 3, 3), (back + 1, 3, 3), *few):
         # With one tile each of gradients on their way out.
-        if (queries + 2) * tile + pairs * pair + 2 * ROLES_TILE * (2 * Dqk + Dv) <= _SHARED:
-            return Roles(queries, 2, pairs, registers)
+        if (queries + keys) * tile + pairs * pair + 2 * ROLES_TILE * (2 * Dqk + Dv) <= _SHARED:
+            return Roles(queries, keys, pairs, registers)
     return None
 
 
-# Widths of heads whose columns of two to four tiles go by roles. Empty: values are tested (tests/test_gluon_values.py),
-# but the kernels have not been timed on a GPU; meant for (64, 64), audio's 256 entries.
-ROLES_COLUMNS: set[tuple[int, int]] = set()
+# Widths of heads whose columns of two to four tiles go by roles. Audio's column of 256 entries, us on an H200, forward
+# and backward with delta: 90, 226 (125, 335 by tiles of their own); ImageNet64's of 96, heads 32 wide, 233 (190).
+ROLES_COLUMNS: set[tuple[int, int]] = {(64, 64)}
 
 
 def _column_tiles(N: int, Dqk: int, Dv: int) -> int:
@@ -139,11 +143,13 @@ def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
     if not (tiles := _column_tiles(N, Dqk, Dv)):
         return None
     found = roles((tiles - 1) * ROLES_TILE, Dqk, Dv)
-    return None if found is None else found._replace(registers=found.registers - 8)  # four tiles of dq spill else
+    if found is None or found.queries <= tiles:
+        return None
+    return found._replace(registers=found.registers - 8)  # four tiles of dq spill else
 
 
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
-    """As `roles`. On an H100, us: CIFAR-10's window 36.8 (41.6), audio's 169 (178); heads 32 wide lose: 149 (136)."""
+    """As `roles`. On an H100, us: CIFAR-10's window 36.8 (41.6), audio's 145 (178); heads 32 wide lose: 124 (100)."""
     back = -(-R // ROLES_TILE)
     if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 64 or max(Dqk, Dv) > 128:
         return None
@@ -163,37 +169,39 @@ def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
 
 
 BLOCK_ROWS = 16  # queries or keys of a block of warps that work alone
-# (kernel, part, Dqk, Dv) -> Warps, of 16 bits. Empty: their values are tested (tests/test_gluon_values.py), but they
-# have not been timed on a GPU. For heads 32 wide registers and shared memory allow ("forward", "window"): Warps(4, 2,
-# 2), ("backward", "window"): Warps(2, 3), ("forward", "column"): Warps(4, 2), ("backward", "column"): Warps(2, 3).
-WARPS: dict[tuple[str, str, int, int], Warps] = {}
+# (kernel, part, Dqk, Dv) -> Warps, of 16 bits, where roles do not take it. Forward, us as walks and by warps that work
+# alone: on an H200 ImageNet64's window 136, 99, its column 100, 74 (79 with four warps a program); on an H100
+# CIFAR-10's column 33.2, 32.2, that of 8 heads 80, 77. Backward they lost on an H100: ImageNet64's window 267, by roles
+# 226; its column 203, as a walk 198, with loops that are not unrolled 209.
+WARPS: dict[tuple[str, str, int, int], Warps] = {
+    ("forward", "window", 32, 32): Warps(2, 4),
+    ("forward", "column", 32, 32): Warps(2, 4),
+    ("forward", "column", 64, 64): Warps(2, 4),
+    ("forward", "column", 64, 128): Warps(2, 4),
+}
 _MOST_BLOCKS = 8  # that a window reaches back, and of a column
 _MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of which each program takes one KiB more than it asks for
 
 
-def warps(kernel: str, chain: Chain, heads: int, Dqk: int, Dv: int) -> Warps | None:
+def warps(chain: Chain, heads: int, Dqk: int, Dv: int) -> Warps | None:
     """For so many heads of a window alone or beside a column, or of a short column; None if they have no such form."""
-    chosen = WARPS.get((kernel, chain.part, Dqk, Dv))
+    chosen = WARPS.get(("forward", chain.part, Dqk, Dv))
     entries = chain.N if chain.strided else chain.R
     if chosen is None or heads % chosen.warps or entries > _MOST_BLOCKS * BLOCK_ROWS:
         return None
-    shared = chosen.warps * _of_a_warp(kernel, chain, Dqk, Dv, chosen.early)
+    shared = chosen.warps * _of_a_warp(chain, Dqk, Dv, chosen.early)
     if shared > _SHARED:
         return None
     return chosen._replace(programs=min(chosen.programs, _MULTIPROCESSOR // (shared + 1024)))
 
 
-def _of_a_warp(kernel: str, chain: Chain, Dqk: int, Dv: int, early: int) -> int:
+def _of_a_warp(chain: Chain, Dqk: int, Dv: int, early: int) -> int:
     """Bytes of shared memory: blocks of tensors Dqk and Dv wide, of two bytes."""
     both = 2 * BLOCK_ROWS * (Dqk + Dv)
     if chain.strided:
-        return -(-chain.N // BLOCK_ROWS) * (2 if kernel == "forward" else 3) * both
-    back = -(-chain.R // BLOCK_ROWS)
-    ring = back + 1 + early
-    if kernel == "forward":
-        return ring * both + 2 * BLOCK_ROWS * (2 * Dqk + 3 * Dv)
-    numbers, pairs = 8 * BLOCK_ROWS * ring, 2 * BLOCK_ROWS**2 * (back + 1)
-    return (ring + 2) * both + numbers + pairs + 2 * BLOCK_ROWS * (2 * Dqk + Dv)
+        return -(-chain.N // BLOCK_ROWS) * 2 * both
+    ring = -(-chain.R // BLOCK_ROWS) + 1 + early
+    return ring * both + 2 * BLOCK_ROWS * (2 * Dqk + 3 * Dv)
 
 
 def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:

@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LOG2E
 
 
 @gluon.jit
@@ -65,9 +64,18 @@ def _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, be
 
 
 @gluon.jit
+def _visit(n, PAIRS: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
+    """Of pair n: t, far, the place and the phase of its keys, those of its queries."""
+    t = n // PAIRS
+    far = n % PAIRS
+    i = t + far
+    return t, far, t % NKV, t // NKV & 1, i % NQ, i // NQ & 1
+
+
+@gluon.jit
 def _weights(
     WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
-    q_full, kv_full, pair_full, pair_empty, begin, count, S, scale,
+    q_full, kv_full, pair_full, pair_empty, begin, count, S, scale, softmax_scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
@@ -77,23 +85,29 @@ def _weights(
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
+    # log2(e), as a number that the compiler does not know: it would multiply before the loop's end, and wait for it.
+    in_base_2 = scale / softmax_scale
+    visit = _visit(WHICH, PAIRS, NQ, NKV)
+    rows = (begin + visit[0] + visit[1]) * BT + query
+    lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
+    delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
     for n in range(WHICH, count * PAIRS, 2):
-        t = n // PAIRS
-        far = n % PAIRS
-        i = t + far
-        at = i % NQ
-        rows = (begin + i) * BT + query
-        lse = gl.load(LSE + rows, mask=rows < S, other=0.0) * LOG2E
-        delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
-        mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
-        mbarrier.wait(q_full.index(at), i // NQ & 1)
-        grads = g.index(at).reshape([BT, BDV])
-        keys = k.index(t % NKV).reshape([BT, BDQ])
-        values = v.index(t % NKV).reshape([BT, BDV])
-        s = warpgroup_mma(q.index(at).reshape([BT, BDQ]), keys.permute([1, 0]), zero, use_acc=False, is_async=True)
+        _, far, of_keys, keys_phase, of_queries, queries_phase = visit
+        mbarrier.wait(kv_full.index(of_keys), keys_phase)
+        mbarrier.wait(q_full.index(of_queries), queries_phase)
+        queries = q.index(of_queries).reshape([BT, BDQ])
+        grads = g.index(of_queries).reshape([BT, BDV])
+        keys = k.index(of_keys).reshape([BT, BDQ])
+        values = v.index(of_keys).reshape([BT, BDV])
+        s = warpgroup_mma(queries, keys.permute([1, 0]), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma(grads, values.permute([1, 0]), zero, use_acc=False, is_async=True)
+        # The next pair's numbers are on their way while this one is at work.
+        visit = _visit(n + 2, PAIRS, NQ, NKV)
+        rows = (begin + visit[0] + visit[1]) * BT + query
+        next_lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
+        next_delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale - lse[:, None])
+        p = gl.exp2(s * scale - (lse * in_base_2)[:, None])
         if (far == 0) | (far * BT + BT - 1 > R):
             away = (query + far * BT)[:, None] - key[None, :]
             p = gl.where((away >= 0) & (away <= R), p, 0.0)
@@ -103,6 +117,7 @@ def _weights(
         scores.index(n % NP).store((p * (dp - delta[:, None])).to(q.dtype))
         fence_async_shared()
         mbarrier.arrive(pair_full.index(n % NP), count=1)
+        lse, delta = next_lse, next_delta
 
 
 @gluon.jit
@@ -128,12 +143,15 @@ def _gradients(
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
     none = gl.zeros([BT, BDQ], gl.float32, narrow)
-    dq_0, dq_1, dq_2, dq_3, dq_4 = none, none, none, none, none
+    sums = ()  # dq of the queries `far` tiles after the keys
+    for _ in gl.static_range(BACK + 1):
+        sums += (none,)
     for t in range(count):
         mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
         keys = k.index(t % NKV).reshape([BT, BDQ])
         dk = none
         dv = gl.zeros([BT, BDV], gl.float32, wide)
+        dqs = ()
         for far in gl.static_range(BACK + 1):
             n = t * (BACK + 1) + far
             i = t + far
@@ -143,44 +161,32 @@ def _gradients(
             grads, queries = g.index(i % NQ).reshape([BT, BDV]), q.index(i % NQ).reshape([BT, BDQ])
             dv = warpgroup_mma(p.permute([1, 0]), grads, dv, use_acc=far > 0, is_async=True)
             dk = warpgroup_mma(ds.permute([1, 0]), queries, dk, use_acc=far > 0, is_async=True)
-            if far == 0:
-                dq_0 = warpgroup_mma(ds, keys, dq_0, is_async=True)
-                dv, dk, dq_0 = warpgroup_mma_wait(0, deps=[dv, dk, dq_0])
-                mbarrier.arrive(q_empty.index(i % NQ), count=1)
+            dqs += (warpgroup_mma(ds, keys, sums[far], use_acc=far < BACK, is_async=True),)
+            if far > 0:  # what is waited for is the pair before: this one's products run on
+                dv, dk = warpgroup_mma_wait(3, deps=[dv, dk])
+                mbarrier.arrive(pair_empty.index((n - 1) % NP), count=1)
+            if far == 1:
+                mbarrier.arrive(q_empty.index(t % NQ), count=1)
                 if ADD:
                     tma.store_wait(0)
                     if t > 0:
                         mbarrier.arrive(old_empty.index(0), count=1)
-            elif far == 1:
-                dq_1 = warpgroup_mma(ds, keys, dq_1, use_acc=BACK > 1, is_async=True)
-                dv, dk, dq_1 = warpgroup_mma_wait(0, deps=[dv, dk, dq_1])
-            elif far == 2:
-                dq_2 = warpgroup_mma(ds, keys, dq_2, use_acc=BACK > 2, is_async=True)
-                dv, dk, dq_2 = warpgroup_mma_wait(0, deps=[dv, dk, dq_2])
-            elif far == 3:
-                dq_3 = warpgroup_mma(ds, keys, dq_3, use_acc=BACK > 3, is_async=True)
-                dv, dk, dq_3 = warpgroup_mma_wait(0, deps=[dv, dk, dq_3])
-            else:
-                dq_4 = warpgroup_mma(ds, keys, dq_4, use_acc=False, is_async=True)
-                dv, dk, dq_4 = warpgroup_mma_wait(0, deps=[dv, dk, dq_4])
-            mbarrier.arrive(pair_empty.index(n % NP), count=1)
+        done = warpgroup_mma_wait(0, deps=(dk, dv) + dqs)  # noqa: RUF005
+        mbarrier.arrive(pair_empty.index((t * (BACK + 1) + BACK) % NP), count=1)
         mbarrier.arrive(kv_empty.index(t % NKV), count=1)
-        # All are complete, but only a wait that names them keeps their moves below from among the products, which
-        # ptxas would then run one after the other.
-        dk, dv, dq_0, dq_1, dq_2, dq_3, dq_4 = warpgroup_mma_wait(0, deps=[dk, dv, dq_0, dq_1, dq_2, dq_3, dq_4])
         to = gl.where(begin + t >= own, (begin + t) * BT, S)  # a tile of another program is stored beyond the end
         if ADD:
             mbarrier.wait(old_full.index(0), t & 1)
         else:
             tma.store_wait(0)
-        _written(dq_at, dq_0 * softmax_scale, ADD)
-        _written(dk_at, dk * softmax_scale, ADD)
-        _written(dv_at, dv, ADD)
+        _written(dq_at, done[2] * softmax_scale, ADD)
+        _written(dk_at, done[0] * softmax_scale, ADD)
+        _written(dv_at, done[1], ADD)
         fence_async_shared()
         tma.async_copy_shared_to_global(DQ, [b, head, to, 0], dq_at)
         tma.async_copy_shared_to_global(DK, [b, head, to, 0], dk_at)
         tma.async_copy_shared_to_global(DV, [b, head, to, 0], dv_at)
-        dq_0, dq_1, dq_2, dq_3 = dq_1, dq_2, dq_3, dq_4
+        sums = done[3:] + (none,)  # noqa: RUF005
     tma.store_wait(0)
 
 
@@ -231,9 +237,9 @@ def window_backward_by_roles(
                           pair_full, pair_empty, old_full, old_empty, b, head, begin, own, count, S, softmax_scale,
                           BT, BDQ, BDV, BACK, NQ, NKV, NP, ADD)),
             (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        begin, count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
+                        begin, count, S, scale, softmax_scale, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
             (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        begin, count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
+                        begin, count, S, scale, softmax_scale, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
             (_bring, (Q, K, V, G, DQ, DK, DV, q, k, v, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
                       old_full, old_empty, b, head, begin, own, count, S, BACK, NQ, NKV, ADD)),
         ],

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LOG2E, program
+from sparse_tx.attention.kernels.tiles import program
 
 
 @gluon.jit
@@ -31,6 +31,17 @@ def _pair(n, NT: gl.constexpr):
     if NT > 3:
         t += gl.where(n >= 3 * NT - 3, 1, 0)
     return t, n - (t * NT - t * (t - 1) // 2)
+
+
+@gluon.jit
+def _visit(n, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
+    """Of pair n of all columns: c, t, far, the place and the phase of its keys, those of its queries."""
+    PAIRS: gl.constexpr = NT * (NT + 1) // 2
+    c = n // PAIRS
+    t, far = _pair(n % PAIRS, NT)
+    of_keys = c * NT + t
+    of_queries = of_keys + far
+    return c, t, far, of_keys % NKV, of_keys // NKV & 1, of_queries % NQ, of_queries // NQ & 1
 
 
 @gluon.jit
@@ -59,7 +70,7 @@ def _bring(
 @gluon.jit
 def _weights(
     WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
-    q_full, kv_full, pair_full, pair_empty, first, count, L, S, scale,
+    q_full, kv_full, pair_full, pair_empty, first, count, L, S, scale, softmax_scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
@@ -69,24 +80,29 @@ def _weights(
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
+    # log2(e), as a number that the compiler does not know: it would multiply before the loop's end, and wait for it.
+    in_base_2 = scale / softmax_scale
+    visit = _visit(WHICH, NT, NQ, NKV)
+    rows = ((visit[1] + visit[2]) * BT + query) * L + first + visit[0]
+    lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
+    delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
     for n in range(WHICH, count * PAIRS, 2):
-        c = n // PAIRS
-        t, far = _pair(n % PAIRS, NT)
-        rows = ((t + far) * BT + query) * L + first + c
-        lse = gl.load(LSE + rows, mask=rows < S, other=0.0) * LOG2E
-        delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
-        of_keys = c * NT + t
-        of_queries = of_keys + far
-        mbarrier.wait(kv_full.index(of_keys % NKV), of_keys // NKV & 1)
-        mbarrier.wait(q_full.index(of_queries % NQ), of_queries // NQ & 1)
-        queries = q.index(of_queries % NQ).reshape([BT, BDQ])
-        grads = g.index(of_queries % NQ).reshape([BT, BDV])
-        keys = k.index(of_keys % NKV).reshape([BT, BDQ])
-        values = v.index(of_keys % NKV).reshape([BT, BDV])
+        _, _, far, of_keys, keys_phase, of_queries, queries_phase = visit
+        mbarrier.wait(kv_full.index(of_keys), keys_phase)
+        mbarrier.wait(q_full.index(of_queries), queries_phase)
+        queries = q.index(of_queries).reshape([BT, BDQ])
+        grads = g.index(of_queries).reshape([BT, BDV])
+        keys = k.index(of_keys).reshape([BT, BDQ])
+        values = v.index(of_keys).reshape([BT, BDV])
         s = warpgroup_mma(queries, keys.permute([1, 0]), zero, use_acc=False, is_async=True)
         dp = warpgroup_mma(grads, values.permute([1, 0]), zero, use_acc=False, is_async=True)
+        # The next pair's numbers are on their way while this one is at work.
+        visit = _visit(n + 2, NT, NQ, NKV)
+        rows = ((visit[1] + visit[2]) * BT + query) * L + first + visit[0]
+        next_lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
+        next_delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale - lse[:, None])
+        p = gl.exp2(s * scale - (lse * in_base_2)[:, None])
         if (far * BT < NEAR + BT - 1) | (far * BT + BT - 1 > R):
             away = (query + far * BT)[:, None] - key[None, :]
             p = gl.where((away >= NEAR) & (away <= R), p, 0.0)
@@ -96,6 +112,7 @@ def _weights(
         scores.index(n % NP).store((p * (dp - delta[:, None])).to(q.dtype))
         fence_async_shared()
         mbarrier.arrive(pair_full.index(n % NP), count=1)
+        lse, delta = next_lse, next_delta
 
 
 @gluon.jit
@@ -130,22 +147,27 @@ def _gradients(
                 grads, queries = g.index(at).reshape([BT, BDV]), q.index(at).reshape([BT, BDQ])
                 dv = warpgroup_mma(p.permute([1, 0]), grads, dv, use_acc=far > 0, is_async=True)
                 dk = warpgroup_mma(ds.permute([1, 0]), queries, dk, use_acc=far > 0, is_async=True)
-                dq = warpgroup_mma(ds, keys, sums[far], use_acc=t > 0, is_async=True)
-                dv, dk, dq = warpgroup_mma_wait(0, deps=[dv, dk, dq])
-                if far == 0:
-                    mbarrier.arrive(q_empty.index(at), count=1)
-                mbarrier.arrive(pair_empty.index(n % NP), count=1)
-                rest += (dq,)
+                rest += (warpgroup_mma(ds, keys, sums[far], use_acc=t > 0, is_async=True),)
+                if far > 0:  # what is waited for is the pair before: this one's products run on
+                    dv, dk = warpgroup_mma_wait(3, deps=[dv, dk])
+                    mbarrier.arrive(pair_empty.index((n - 1) % NP), count=1)
+                if far == 1:
+                    mbarrier.arrive(q_empty.index(of_keys % NQ), count=1)
+            done = warpgroup_mma_wait(0, deps=(dk, dv) + rest)  # noqa: RUF005
+            if t == NT - 1:
+                mbarrier.arrive(q_empty.index(of_keys % NQ), count=1)
+            last = c * PAIRS + (t + 1) * NT - t * (t + 1) // 2 - 1
+            mbarrier.arrive(pair_empty.index(last % NP), count=1)
             mbarrier.arrive(kv_empty.index(of_keys % NKV), count=1)
             tma.store_wait(0)
-            dq_at.reshape([BT, BDQ]).store((rest[0] * softmax_scale).to(dq_at.dtype))
-            dk_at.reshape([BT, BDQ]).store((dk * softmax_scale).to(dk_at.dtype))
-            dv_at.reshape([BT, BDV]).store(dv.to(dv_at.dtype))
+            dq_at.reshape([BT, BDQ]).store((done[2] * softmax_scale).to(dq_at.dtype))
+            dk_at.reshape([BT, BDQ]).store((done[0] * softmax_scale).to(dk_at.dtype))
+            dv_at.reshape([BT, BDV]).store(done[1].to(dv_at.dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(DQ, [b, head, first + c, t * BT, 0], dq_at)
             tma.async_copy_shared_to_global(DK, [b, head, first + c, t * BT, 0], dk_at)
             tma.async_copy_shared_to_global(DV, [b, head, first + c, t * BT, 0], dv_at)
-            sums = rest[1:]
+            sums = done[3:]
     tma.store_wait(0)
 
 
@@ -189,9 +211,9 @@ def column_backward_by_roles(
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
                           pair_full, pair_empty, b, head, first, count, softmax_scale, BT, BDQ, BDV, NT, NQ, NKV, NP)),
             (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        first, count, L, S, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
+                        first, count, L, S, scale, softmax_scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
             (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        first, count, L, S, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
+                        first, count, L, S, scale, softmax_scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
             (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, NQ, NKV)),
         ],
         [4, 4, 1], [REGISTERS, REGISTERS, 24],

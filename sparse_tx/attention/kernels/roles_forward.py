@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, LOG2E, pair_is_masked, pair_seen
+from sparse_tx.attention.kernels.tiles import LN2, LOG2E
 
 
 @gluon.jit
@@ -70,9 +70,10 @@ def _attend(
         row = (own + i) * BT
         rows = row + query
         valid = rows < S
-        mbarrier.wait(q_full.index(WHICH), i // GROUPS & 1)
         if MERGE:
             top = gl.load(LSE + rows, mask=valid, other=float("-inf")) * LOG2E
+        mbarrier.wait(q_full.index(WHICH), i // GROUPS & 1)
+        if MERGE:
             total = gl.where(top == float("-inf"), 0.0, 1.0)
             mbarrier.wait(o_full.index(WHICH), i // GROUPS & 1)
             acc = out.load(wide).to(gl.float32)
@@ -80,15 +81,17 @@ def _attend(
             top = gl.full([BT], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
             total = gl.zeros([BT], gl.float32, gl.SliceLayout(1, layout))
             acc = gl.zeros([BT, BDV], gl.float32, wide)
-        # A query sees itself, in the first tile visited: from there on the maximum is finite.
-        for far in gl.static_range(BACK + 1):
+        # A query sees itself, in the first tile visited: from there on the maximum is finite. Not unrolled: each group
+        # has instructions of its own, and together they must not miss the caches.
+        for far in range(BACK + 1):
             t = i + BACK - far
             mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
             keys = k.index(t % NKV).reshape([BT, BDQ]).permute([1, 0])
             s = warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            if pair_is_masked(far, BT, 0, R):
-                s = gl.where(pair_seen(query[:, None], key[None, :], far, BT, 0, R), s, float("-inf"))
+            if (far == 0) | (far * BT + BT - 1 > R):
+                away = (query + far * BT)[:, None] - key[None, :]
+                s = gl.where((away >= 0) & (away <= R), s, float("-inf"))
             if row < far * BT:  # there are keys before the sequence begins
                 s = gl.where((key >= far * BT - row)[None, :], s, float("-inf"))
             new = gl.maximum(top, gl.max(s, 1) * scale)

@@ -42,31 +42,29 @@ from sparse_tx.attention.kernels.roles_column import column_backward_by_roles
 from sparse_tx.attention.kernels.roles_column_forward import column_forward_by_roles
 from sparse_tx.attention.kernels.roles_forward import window_forward_by_roles
 from sparse_tx.attention.kernels.tiles import LOG2E
-from sparse_tx.attention.kernels.warps import window_backward_by_warps, window_forward_by_warps
-from sparse_tx.attention.kernels.warps_column import column_backward_by_warps, column_forward_by_warps
+from sparse_tx.attention.kernels.warps import window_forward_by_warps
+from sparse_tx.attention.kernels.warps_column import column_forward_by_warps
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
 
 def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand], scale: float) -> Launch | None:
     """None where tiles of their own do better, or must do it."""
     q, _, v, *_ = tensors
-    if (alone := _takes_warps("forward", chain, run, tensors)) is not None:
-        return _forward_by_warps(chain, run, alone, merge, tensors, scale)
     by_roles = None
     if _takes_roles(chain, tensors):
         rule, entries = (column_forward_roles, chain.N) if chain.strided else (forward_roles, chain.R)
         by_roles = rule(entries, q.shape[-1], v.shape[-1])
     if by_roles is not None:
         return _forward_by_roles(chain, run, by_roles, merge, tensors, scale)
+    if (alone := _takes_warps(chain, run, tensors)) is not None:
+        return _forward_by_warps(chain, run, alone, merge, tensors, scale)
     walked = _walk("forward", chain, tensors)
     return None if walked is None else _walk_forward(chain, run, walked, merge, tensors, scale)
 
 
-def way_backward(chain: Chain, run: Run, tensors: Sequence[Operand]) -> Roles | Walk | Warps | None:
+def way_backward(chain: Chain, tensors: Sequence[Operand]) -> Roles | Walk | None:
     """How `backward_along` goes; None where tiles of their own do better, or must do it."""
     q, _, v, *_ = tensors
-    if (alone := _takes_warps("backward", chain, run, tensors)) is not None:
-        return alone
     by_roles = None
     if _takes_roles(chain, tensors):
         rule, entries = (column_roles, chain.N) if chain.strided else (roles, chain.R)
@@ -74,26 +72,22 @@ def way_backward(chain: Chain, run: Run, tensors: Sequence[Operand]) -> Roles | 
     return _walk("backward", chain, tensors) if by_roles is None else by_roles
 
 
-def makes_delta(way: Roles | Walk | Warps | None, chain: Chain, alone: bool, single: bool) -> bool:
+def makes_delta(way: Roles | Walk | None, chain: Chain, alone: bool, single: bool) -> bool:
     """Whether the first pass of a run makes delta on the way: where it sees each query once, and a window alone where
     it needs it. single: whether a tile of its own holds a whole group or column.
     """
     if isinstance(way, Roles):
         return False
-    if isinstance(way, Warps):
-        return chain.strided
     return single or (alone and chain.part == "window") or (way is not None and chain.strided)
 
 
 def backward_along(
-    chain: Chain, run: Run, way: Roles | Walk | Warps, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
+    chain: Chain, run: Run, way: Roles | Walk, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
     tensors: Sequence[Operand], scale: float,
 ) -> Launch:  # fmt: skip
     """way: of `way_backward`. delta_here: whether this pass makes delta, which only walks do of a window."""
     if isinstance(way, Roles):
         return _backward_by_roles(chain, run, way, add, tensors, scale)
-    if isinstance(way, Warps):
-        return _backward_by_warps(chain, run, way, add, store_delta, has_dlse, tensors, scale)
     return _walk_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
 
 
@@ -113,12 +107,12 @@ def _takes_roles(chain: Chain, tensors: Sequence[Operand]) -> bool:
     return taken and has_roles(tensors[0].device) and _can_copy(chain, tensors)
 
 
-def _takes_warps(kernel: str, chain: Chain, run: Run, tensors: Sequence[Operand]) -> Warps | None:
+def _takes_warps(chain: Chain, run: Run, tensors: Sequence[Operand]) -> Warps | None:
     """How this pass goes by warps that work alone; None where it does not."""
     q, _, v, *_ = tensors
     if not (_plain(chain) and has_roles(q.device) and _can_copy(chain, tensors)):
         return None
-    return warps(kernel, chain, run.heads, q.shape[-1], v.shape[-1])
+    return warps(chain, run.heads, q.shape[-1], v.shape[-1])
 
 
 def _walk(kernel: str, chain: Chain, tensors: Sequence[Operand]) -> Walk | None:
@@ -138,17 +132,16 @@ def _walk(kernel: str, chain: Chain, tensors: Sequence[Operand]) -> Walk | None:
     return chosen if _can_copy(chain, tensors) else None
 
 
-def _spread(tiles: int, rest: int, chosen: Walk | Warps, device: torch.device) -> tuple[int, int]:
+def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[int, int]:
     """Tiles a program walks along, and programs along them; `rest` other programs run beside each."""
     length = max(1, -(-tiles * rest // (chosen.programs * multiprocessors(device.index))))
     return length, -(-tiles // length)
 
 
-def _chunks(tiles: int, rest: int, halo: int, device: torch.device) -> tuple[int, int]:
-    """As `_spread`, where a multiprocessor has one program at a time: the fewest tiles one after the other, of which
-    each chunk has `halo` more than its own.
+def _chunks(tiles: int, rest: int, halo: int, most: int) -> tuple[int, int]:
+    """As `_spread`, where `most` programs run at a time: the fewest tiles one after the other, of which each chunk has
+    `halo` more than its own.
     """
-    most = multiprocessors(device.index)
 
     def cost(chunks: int) -> int:
         return -(-chunks * rest // most) * (-(-tiles // chunks) + halo)
@@ -189,7 +182,7 @@ def _by_roles(
     q = tensors[0]
     B, S, H, _ = q.shape
     tiles, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // ROLES_TILE), halo)
-    length, chunks = _chunks(tiles, B * run.heads, halo, q.device)
+    length, chunks = _chunks(tiles, B * run.heads, halo, multiprocessors(q.device.index))
     numbers = S, H, run.head, run.heads, chunks, length
     if chain.strided:
         of_columns = {"NEAR": chain.near, "NT": -(-chain.N // ROLES_TILE)}
@@ -255,49 +248,22 @@ def _walk_backward(
     )  # fmt: skip
 
 
-def _along(chain: Chain, run: Run, chosen: Warps, q: Operand) -> tuple[int, tuple[int, ...], dict[str, object]]:
-    """Programs, numbers and constants of a launch by warps that work alone, heads in groups of neighbours."""
-    B, S, H, _ = q.shape
-    groups = run.heads // chosen.warps
-    steps = min(chain.L, S) if chain.strided else -(-S // BLOCK_ROWS)
-    length, chunks = _spread(steps, B * groups, chosen, q.device)
-    numbers = S, H, run.head, groups, chunks, length
-    constants: dict[str, object] = {"R": chain.R, "num_warps": chosen.warps, "maxnreg": chosen.registers}
-    if chain.strided:
-        return (
-            chunks * B * groups,
-            (*numbers, chain.L),
-            {"NEAR": chain.near, "NB": -(-chain.N // BLOCK_ROWS), **constants},
-        )
-    return chunks * B * groups, numbers, {"RING": -(-chain.R // BLOCK_ROWS) + 1 + chosen.early, **constants}
-
-
 def _forward_by_warps(
     chain: Chain, run: Run, chosen: Warps, merge: bool, tensors: Sequence[Operand], scale: float
 ) -> Launch:
-    programs, numbers, constants = _along(chain, run, chosen, tensors[0])
+    """Heads in groups of neighbours."""
+    q = tensors[0]
+    B, S, H, _ = q.shape
+    groups = run.heads // chosen.warps
+    steps, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // BLOCK_ROWS), 2)
+    length, chunks = _chunks(steps, B * groups, halo, chosen.programs * multiprocessors(q.device.index))
+    numbers: tuple[int, ...] = S, H, run.head, groups, chunks, length
+    constants: dict[str, object] = {"R": chain.R, "num_warps": chosen.warps, "maxnreg": chosen.registers}
     described = [heads_descriptor(t, chain, chosen.warps) for t in tensors[:4]]
-    kernel = column_forward_by_warps if chain.strided else window_forward_by_warps
-    if not chain.strided:
-        constants["MERGE"] = merge
-    return Launch(kernel, programs, *described, tensors[4], *numbers, scale * LOG2E.value, **constants)
-
-
-def _backward_by_warps(
-    chain: Chain, run: Run, chosen: Warps, add: bool, store_delta: bool, has_dlse: bool,
-    tensors: Sequence[Operand], scale: float,
-) -> Launch:  # fmt: skip
-    lse, dlse, delta = tensors[4], *tensors[6:8]
-    programs, numbers, constants = _along(chain, run, chosen, tensors[0])
-    rows = [heads_descriptor(t, chain, chosen.warps) for t in tensors if len(t.shape) == 4]
-    q, k, v, out, dout, *gradients = rows
-    scales = scale * LOG2E.value, scale
     if chain.strided:
-        return Launch(
-            column_backward_by_warps, programs, q, k, v, out, lse, dout, dlse, delta, *gradients, *numbers, *scales,
-            STORE_DELTA=store_delta, HAS_DLSE=has_dlse, **constants,
-        )  # fmt: skip
-    return Launch(
-        window_backward_by_warps, programs, q, k, v, lse, dout, delta, *gradients, *numbers, *scales,
-        ADD=add, **constants,
-    )  # fmt: skip
+        numbers = *numbers, chain.L
+        constants |= {"NEAR": chain.near, "NB": -(-chain.N // BLOCK_ROWS)}
+    else:
+        constants |= {"RING": -(-chain.R // BLOCK_ROWS) + 1 + chosen.early, "MERGE": merge}
+    kernel = column_forward_by_warps if chain.strided else window_forward_by_warps
+    return Launch(kernel, chunks * B * groups, *described, tensors[4], *numbers, scale * LOG2E.value, **constants)

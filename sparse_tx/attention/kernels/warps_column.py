@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, LOG2E, pair_is_masked, pair_seen, program
+from sparse_tx.attention.kernels.tiles import LN2, pair_is_masked, pair_seen, program
 
 
 @gluon.jit
@@ -91,113 +91,4 @@ def column_forward_by_warps(
         fence_async_shared()
         for n in gl.static_range(NB):
             tma.async_copy_shared_to_global(O, [b, r, head, n * T, 0], o.index(n))
-    tma.store_wait(0)
-
-
-@gluon.jit
-def column_backward_by_warps(
-    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, groups, chunks, length, L, scale, softmax_scale,
-    NEAR: gl.constexpr, R: gl.constexpr, NB: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
-):  # fmt: skip
-    """As `column_backward`. First dq of each block of queries, over the keys before it, then dk and dv of each block of
-    keys, over the queries after it: each weight twice, but nothing waits for another block.
-    """
-    W: gl.constexpr = Q.block_shape[2]
-    T: gl.constexpr = Q.block_shape[3]
-    BDQ: gl.constexpr = Q.block_shape[4]
-    BDV: gl.constexpr = V.block_shape[4]
-    dtype: gl.constexpr = Q.dtype
-    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    across: gl.constexpr = gl.SliceLayout(1, layout)
-    q = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDQ], Q.layout)
-    k = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDQ], K.layout)
-    v = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDV], V.layout)
-    g = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDV], G.layout)
-    o = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDV], O.layout)  # and the gradient of v
-    dq_at = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDQ], DQ.layout)
-    full = barriers(1)
-    fence_async_shared()
-    chunk, b, group = program(chunks, groups, False)
-    head = h0 + group * W
-    first = chunk * length
-    rows = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    heads = head + gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    down = rows[None, :, None]
-    along = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    numbers = ((b.to(gl.int64) * H + heads.to(gl.int64)) * S)[:, None]
-    zero = gl.zeros([W, T, T], gl.float32, layout)
-    count = gl.minimum(length, L - first)
-    for i in range(count):
-        r = first + i
-        tma.store_wait(0)
-        mbarrier.expect(full.index(0), 2 * NB * W * T * (2 * BDQ + 3 * BDV))
-        _bring(Q, q, full, b, r, head, NB)
-        _bring(K, k, full, b, r, head, NB)
-        _bring(V, v, full, b, r, head, NB)
-        _bring(G, g, full, b, r, head, NB)
-        _bring(O, o, full, b, r, head, NB)
-        # A query without a key anywhere has lse -inf; none of its pairs is seen.
-        lses = ()
-        for n in gl.static_range(NB):
-            at = numbers + (n * T + rows)[None, :] * L + r
-            lses += (gl.load(LSE + at, mask=(n * T + rows)[None, :] * L + r < S, other=0.0) * LOG2E,)
-        mbarrier.wait(full.index(0), i & 1)
-        lses_n, deltas_n = (), ()
-        for n in gl.static_range(NB):
-            grads = g.index(n).reshape([W, T, BDV])
-            delta = gl.sum(
-                o.index(n).reshape([W, T, BDV]).load(layout).to(gl.float32) * grads.load(layout).to(gl.float32), 2
-            )
-            at = numbers + (n * T + rows)[None, :] * L + r
-            inside = (n * T + rows)[None, :] * L + r < S
-            if HAS_DLSE:
-                delta -= gl.load(DLSE + at, mask=inside, other=0.0)
-            if STORE_DELTA:
-                gl.store(DELTA + at, delta, mask=inside)
-            lse = lses[n]
-            lses_n += (gl.convert_layout(lse, across),)
-            deltas_n += (gl.convert_layout(delta, across),)
-            queries = q.index(n).reshape([W, T, BDQ]).load(left)
-            grads_left = grads.load(left)
-            less = zero - delta[:, :, None]
-            dq = gl.zeros([W, T, BDQ], gl.float32, layout)
-            for far in gl.static_range(n + 1):
-                if far * T - (T - 1) <= R:
-                    keys = k.index(n - far).reshape([W, T, BDQ])
-                    values = v.index(n - far).reshape([W, T, BDV])
-                    s = mma_v2(queries, keys.permute([0, 2, 1]).load(right), zero)
-                    p = gl.exp2(s * scale - lse[:, :, None])
-                    if pair_is_masked(far, T, NEAR, R):
-                        p = gl.where(pair_seen(down, along, far, T, NEAR, R), p, 0.0)
-                    dp = mma_v2(grads_left, values.permute([0, 2, 1]).load(right), less)
-                    dq = mma_v2(gl.convert_layout((p * dp).to(dtype), left), keys.load(right), dq)
-            dq_at.index(n).reshape([W, T, BDQ]).store((dq * softmax_scale).to(dtype))
-        for n in gl.static_range(NB):
-            keys = k.index(n).reshape([W, T, BDQ])
-            values = v.index(n).reshape([W, T, BDV])
-            keys_left, values_left = keys.load(left), values.load(left)
-            dk = gl.zeros([W, T, BDQ], gl.float32, layout)
-            dv = gl.zeros([W, T, BDV], gl.float32, layout)
-            for far in gl.static_range(NB - n):
-                if far * T - (T - 1) <= R:
-                    seen = q.index(n + far).reshape([W, T, BDQ])
-                    seen_g = g.index(n + far).reshape([W, T, BDV])
-                    s = mma_v2(keys_left, seen.permute([0, 2, 1]).load(right), zero)
-                    p = gl.exp2(s * scale - lses_n[n + far][:, None, :])
-                    if pair_is_masked(far, T, NEAR, R):
-                        p = gl.where(pair_seen(along, down, far, T, NEAR, R), p, 0.0)
-                    dp = mma_v2(
-                        values_left, seen_g.permute([0, 2, 1]).load(right), zero - deltas_n[n + far][:, None, :]
-                    )
-                    dv = mma_v2(gl.convert_layout(p.to(dtype), left), seen_g.load(right), dv)
-                    dk = mma_v2(gl.convert_layout((p * dp).to(dtype), left), seen.load(right), dk)
-            o.index(n).reshape([W, T, BDV]).store(dv.to(dtype))
-            keys.store((dk * softmax_scale).to(dtype))  # no later tile reads these keys
-        fence_async_shared()
-        for n in gl.static_range(NB):
-            tma.async_copy_shared_to_global(DQ, [b, r, head, n * T, 0], dq_at.index(n))
-            tma.async_copy_shared_to_global(DK, [b, r, head, n * T, 0], k.index(n))
-            tma.async_copy_shared_to_global(DV, [b, r, head, n * T, 0], o.index(n))
     tma.store_wait(0)
