@@ -70,10 +70,13 @@ def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2, roles=Tr
 
 
 def warps_of(monkeypatch):
-    """Have columns of wider heads taken by warps that work alone, too, and windows where more is under way."""
+    """Have longer columns taken by warps that work alone, too, and windows where more is under way."""
     from sparse_tx.attention.kernels import configs
 
-    chosen = {("window", 32, 32): configs.Warps(4, 2, 2), ("column", 64, 128): configs.Warps(2, 3)}
+    chosen = {
+        ("window", 32, 32): configs.Warps(4, 2, 2), ("column", 32, 32): configs.Warps(4, 1),
+        ("column", 64, 128): configs.Warps(2, 1), ("column", 64, 64): configs.Warps(1, 1),
+    }  # fmt: skip
     monkeypatch.setattr(configs, "WARPS", configs.WARPS | {("forward", *key): value for key, value in chosen.items()})
 
 
@@ -180,6 +183,7 @@ def test_warps_work_alone_where_their_kernels_can(monkeypatch):
         "as it should be": ((Window(128) | Column(128),) * 4, 12288, 32, 32, torch.bfloat16),
         "a longer window": ((Window(200),) * 4, 12288, 32, 32, torch.bfloat16),
         "long columns": ((Column(64),) * 4, 12288, 32, 32, torch.bfloat16),
+        "columns whose programs do not fit": ((Column(96),) * 4, 12288, 32, 32, torch.bfloat16),
         "heads that are no group": ((Window(128),) * 3, 12288, 32, 32, torch.bfloat16),
         "global keys": ((Window(128) | Global(4),) * 4, 12288, 32, 32, torch.bfloat16),
         "wider heads": ((Window(128),) * 4, 12288, 64, 64, torch.bfloat16),
@@ -190,6 +194,15 @@ def test_warps_work_alone_where_their_kernels_can(monkeypatch):
         if any(kernel.__name__.endswith("by_warps") for kernel, _, _ in launches(monkeypatch, *case, 90)):
             taken.add(name)
     assert taken == {"as it should be"}
+
+
+@pytest.mark.parametrize(("tiles", "rest", "most"), [(768, 32, 528), (96, 16, 528), (48, 32, 132), (1024, 8, 132)])
+def test_programs_that_go_along_a_sequence_are_one_wave(tiles, rest, most):
+    from sparse_tx.attention.kernels.walks import _chunks
+
+    length, chunks = _chunks(tiles, rest, 2, most)
+    assert (chunks - 1) * length < tiles <= chunks * length
+    assert most // 2 < chunks * rest <= most
 
 
 def test_what_triton_compiled_is_launched_again_with_all_arguments_in_place():

@@ -184,15 +184,15 @@ _MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of which each program ta
 
 
 def warps(chain: Chain, heads: int, Dqk: int, Dv: int) -> Warps | None:
-    """For so many heads of a window alone or beside a column, or of a short column; None if they have no such form."""
+    """For so many heads of a window alone or beside a column, or of a short column; None if they have no such form, or
+    if its programs do not fit side by side.
+    """
     chosen = WARPS.get(("forward", chain.part, Dqk, Dv))
     entries = chain.N if chain.strided else chain.R
     if chosen is None or heads % chosen.warps or entries > _MOST_BLOCKS * BLOCK_ROWS:
         return None
     shared = chosen.warps * _of_a_warp(chain, Dqk, Dv, chosen.early)
-    if shared > _SHARED:
-        return None
-    return chosen._replace(programs=min(chosen.programs, _MULTIPROCESSOR // (shared + 1024)))
+    return chosen if chosen.programs * (shared + 1024) <= _MULTIPROCESSOR else None  # fewer were not measured
 
 
 def _of_a_warp(chain: Chain, Dqk: int, Dv: int, early: int) -> int:

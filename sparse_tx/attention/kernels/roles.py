@@ -75,7 +75,7 @@ def _visit(n, PAIRS: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
 @gluon.jit
 def _weights(
     WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
-    q_full, kv_full, pair_full, pair_empty, begin, count, S, scale, softmax_scale,
+    q_full, kv_full, pair_full, pair_empty, begin, count, S, scale, log2e,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
@@ -85,8 +85,6 @@ def _weights(
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
-    # log2(e), as a number that the compiler does not know: it would multiply before the loop's end, and wait for it.
-    in_base_2 = scale / softmax_scale
     visit = _visit(WHICH, PAIRS, NQ, NKV)
     rows = (begin + visit[0] + visit[1]) * BT + query
     lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
@@ -107,7 +105,7 @@ def _weights(
         next_lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
         next_delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale - (lse * in_base_2)[:, None])
+        p = gl.exp2(s * scale - (lse * log2e)[:, None])
         if (far == 0) | (far * BT + BT - 1 > R):
             away = (query + far * BT)[:, None] - key[None, :]
             p = gl.where((away >= 0) & (away <= R), p, 0.0)
@@ -192,14 +190,15 @@ def _gradients(
 
 @gluon.jit
 def window_backward_by_roles(
-    Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale,
+    Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale, log2e,
     R: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, REGISTERS: gl.constexpr,
     ADD: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles, as `window_backward`; LSE and DELTA are pointers.
 
     NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory at a time. REGISTERS: of a thread that makes
-    weights; the group that makes gradients has the rest.
+    weights; the group that makes gradients has the rest. log2e: a number that the compiler does not know, or it would
+    multiply by it as soon as a log-sum-exp is asked for, and wait for that.
     """
     BT: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]
@@ -237,9 +236,9 @@ def window_backward_by_roles(
                           pair_full, pair_empty, old_full, old_empty, b, head, begin, own, count, S, softmax_scale,
                           BT, BDQ, BDV, BACK, NQ, NKV, NP, ADD)),
             (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        begin, count, S, scale, softmax_scale, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
+                        begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
             (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        begin, count, S, scale, softmax_scale, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
+                        begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
             (_bring, (Q, K, V, G, DQ, DK, DV, q, k, v, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
                       old_full, old_empty, b, head, begin, own, count, S, BACK, NQ, NKV, ADD)),
         ],

@@ -70,7 +70,7 @@ def _bring(
 @gluon.jit
 def _weights(
     WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
-    q_full, kv_full, pair_full, pair_empty, first, count, L, S, scale, softmax_scale,
+    q_full, kv_full, pair_full, pair_empty, first, count, L, S, scale, log2e,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
@@ -80,8 +80,6 @@ def _weights(
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
-    # log2(e), as a number that the compiler does not know: it would multiply before the loop's end, and wait for it.
-    in_base_2 = scale / softmax_scale
     visit = _visit(WHICH, NT, NQ, NKV)
     rows = ((visit[1] + visit[2]) * BT + query) * L + first + visit[0]
     lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
@@ -102,7 +100,7 @@ def _weights(
         next_lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
         next_delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
         s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale - (lse * in_base_2)[:, None])
+        p = gl.exp2(s * scale - (lse * log2e)[:, None])
         if (far * BT < NEAR + BT - 1) | (far * BT + BT - 1 > R):
             away = (query + far * BT)[:, None] - key[None, :]
             p = gl.where((away >= NEAR) & (away <= R), p, 0.0)
@@ -173,13 +171,13 @@ def _gradients(
 
 @gluon.jit
 def column_backward_by_roles(
-    Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, L, scale, softmax_scale,
+    Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, L, scale, softmax_scale, log2e,
     NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` columns of at most NT tiles, as `column_backward`; LSE and DELTA are pointers.
 
-    NQ, NKV, NP, REGISTERS: as of `roles.window_backward_by_roles`; NQ is more than NT.
+    log2e, NQ, NKV, NP, REGISTERS: as of `roles.window_backward_by_roles`; NQ is more than NT.
     """
     BT: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
@@ -211,9 +209,9 @@ def column_backward_by_roles(
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
                           pair_full, pair_empty, b, head, first, count, softmax_scale, BT, BDQ, BDV, NT, NQ, NKV, NP)),
             (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        first, count, L, S, scale, softmax_scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
+                        first, count, L, S, scale, log2e, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
             (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        first, count, L, S, scale, softmax_scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
+                        first, count, L, S, scale, log2e, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
             (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, NQ, NKV)),
         ],
         [4, 4, 1], [REGISTERS, REGISTERS, 24],

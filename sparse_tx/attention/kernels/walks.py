@@ -217,7 +217,7 @@ def _backward_by_roles(
     by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
     return Launch(
         column_backward_by_roles if chain.strided else window_backward_by_roles, programs,
-        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale,
+        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale, LOG2E.value,
         **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, num_warps=4,
     )  # fmt: skip
 
