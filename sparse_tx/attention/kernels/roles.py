@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparse_tx.attention.kernels.pairs import leave_weights, numbers_of, scores_of
 from sparse_tx.attention.kernels.shared_memory import barriers
 
 
@@ -65,11 +66,11 @@ def _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, be
 
 @gluon.jit
 def _visit(n, PAIRS: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
-    """Of pair n: t, far, the place and the phase of its keys, those of its queries."""
+    """Of pair n: far, i, the place and the phase of its keys, those of its queries."""
     t = n // PAIRS
     far = n % PAIRS
     i = t + far
-    return t, far, t % NKV, t // NKV & 1, i % NQ, i // NQ & 1
+    return far, i, t % NKV, t // NKV & 1, i % NQ, i // NQ & 1
 
 
 @gluon.jit
@@ -86,35 +87,18 @@ def _weights(
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     visit = _visit(WHICH, PAIRS, NQ, NKV)
-    rows = (begin + visit[0] + visit[1]) * BT + query
-    lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
-    delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
+    lse, delta = numbers_of(LSE, DELTA, (begin + visit[1]) * BT + query, S)
     for n in range(WHICH, count * PAIRS, 2):
-        _, far, of_keys, keys_phase, of_queries, queries_phase = visit
+        far, _, of_keys, keys_phase, of_queries, queries_phase = visit
         mbarrier.wait(kv_full.index(of_keys), keys_phase)
         mbarrier.wait(q_full.index(of_queries), queries_phase)
-        queries = q.index(of_queries).reshape([BT, BDQ])
-        grads = g.index(of_queries).reshape([BT, BDV])
-        keys = k.index(of_keys).reshape([BT, BDQ])
-        values = v.index(of_keys).reshape([BT, BDV])
-        s = warpgroup_mma(queries, keys.permute([1, 0]), zero, use_acc=False, is_async=True)
-        dp = warpgroup_mma(grads, values.permute([1, 0]), zero, use_acc=False, is_async=True)
+        s, dp = scores_of(q, k, v, g, of_queries, of_keys, zero, BT, BDQ, BDV)
         # The next pair's numbers are on their way while this one is at work.
         visit = _visit(n + 2, PAIRS, NQ, NKV)
-        rows = (begin + visit[0] + visit[1]) * BT + query
-        next_lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
-        next_delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
-        s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale - (lse * log2e)[:, None])
-        if (far == 0) | (far * BT + BT - 1 > R):
-            away = (query + far * BT)[:, None] - key[None, :]
-            p = gl.where((away >= 0) & (away <= R), p, 0.0)
-        mbarrier.wait(pair_empty.index(n % NP), (n // NP & 1) ^ 1)
-        weights.index(n % NP).store(p.to(q.dtype))
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        scores.index(n % NP).store((p * (dp - delta[:, None])).to(q.dtype))
-        fence_async_shared()
-        mbarrier.arrive(pair_full.index(n % NP), count=1)
+        next_lse, next_delta = numbers_of(LSE, DELTA, (begin + visit[1]) * BT + query, S)
+        leave_weights(
+            s, dp, lse, delta, query, key, far, n, weights, scores, pair_full, pair_empty, scale, log2e, BT, 0, R, NP
+        )
         lse, delta = next_lse, next_delta
 
 
@@ -197,8 +181,7 @@ def window_backward_by_roles(
     """dq, dk, dv of `length` tiles, as `window_backward`; LSE and DELTA are pointers.
 
     NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory at a time. REGISTERS: of a thread that makes
-    weights; the group that makes gradients has the rest. log2e: a number that the compiler does not know, or it would
-    multiply by it as soon as a log-sum-exp is asked for, and wait for that.
+    weights; the group that makes gradients has the rest. log2e: as of `leave_weights`.
     """
     BT: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparse_tx.attention.kernels.pairs import leave_weights, numbers_of, scores_of
 from sparse_tx.attention.kernels.shared_memory import barriers
 from sparse_tx.attention.kernels.tiles import program
 
@@ -35,13 +36,13 @@ def _pair(n, NT: gl.constexpr):
 
 @gluon.jit
 def _visit(n, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
-    """Of pair n of all columns: c, t, far, the place and the phase of its keys, those of its queries."""
+    """Of pair n of all columns: far, c, the tile of its queries in their column, and as of `roles`."""
     PAIRS: gl.constexpr = NT * (NT + 1) // 2
     c = n // PAIRS
     t, far = _pair(n % PAIRS, NT)
     of_keys = c * NT + t
     of_queries = of_keys + far
-    return c, t, far, of_keys % NKV, of_keys // NKV & 1, of_queries % NQ, of_queries // NQ & 1
+    return far, c, t + far, of_keys % NKV, of_keys // NKV & 1, of_queries % NQ, of_queries // NQ & 1
 
 
 @gluon.jit
@@ -81,35 +82,18 @@ def _weights(
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     visit = _visit(WHICH, NT, NQ, NKV)
-    rows = ((visit[1] + visit[2]) * BT + query) * L + first + visit[0]
-    lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
-    delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
+    lse, delta = numbers_of(LSE, DELTA, (visit[2] * BT + query) * L + first + visit[1], S)
     for n in range(WHICH, count * PAIRS, 2):
-        _, _, far, of_keys, keys_phase, of_queries, queries_phase = visit
+        far, _, _, of_keys, keys_phase, of_queries, queries_phase = visit
         mbarrier.wait(kv_full.index(of_keys), keys_phase)
         mbarrier.wait(q_full.index(of_queries), queries_phase)
-        queries = q.index(of_queries).reshape([BT, BDQ])
-        grads = g.index(of_queries).reshape([BT, BDV])
-        keys = k.index(of_keys).reshape([BT, BDQ])
-        values = v.index(of_keys).reshape([BT, BDV])
-        s = warpgroup_mma(queries, keys.permute([1, 0]), zero, use_acc=False, is_async=True)
-        dp = warpgroup_mma(grads, values.permute([1, 0]), zero, use_acc=False, is_async=True)
+        s, dp = scores_of(q, k, v, g, of_queries, of_keys, zero, BT, BDQ, BDV)
         # The next pair's numbers are on their way while this one is at work.
         visit = _visit(n + 2, NT, NQ, NKV)
-        rows = ((visit[1] + visit[2]) * BT + query) * L + first + visit[0]
-        next_lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
-        next_delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
-        s = warpgroup_mma_wait(1, deps=[s])
-        p = gl.exp2(s * scale - (lse * log2e)[:, None])
-        if (far * BT < NEAR + BT - 1) | (far * BT + BT - 1 > R):
-            away = (query + far * BT)[:, None] - key[None, :]
-            p = gl.where((away >= NEAR) & (away <= R), p, 0.0)
-        mbarrier.wait(pair_empty.index(n % NP), (n // NP & 1) ^ 1)
-        weights.index(n % NP).store(p.to(q.dtype))
-        dp = warpgroup_mma_wait(0, deps=[dp])
-        scores.index(n % NP).store((p * (dp - delta[:, None])).to(q.dtype))
-        fence_async_shared()
-        mbarrier.arrive(pair_full.index(n % NP), count=1)
+        next_lse, next_delta = numbers_of(LSE, DELTA, (visit[2] * BT + query) * L + first + visit[1], S)
+        leave_weights(
+            s, dp, lse, delta, query, key, far, n, weights, scores, pair_full, pair_empty, scale, log2e, BT, NEAR, R, NP
+        )
         lse, delta = next_lse, next_delta
 
 

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparse_tx.attention.kernels.pairs import only_seen, softmax_step
 from sparse_tx.attention.kernels.shared_memory import barriers
 from sparse_tx.attention.kernels.tiles import LN2, program
 
@@ -53,7 +54,6 @@ def _attend(
     """Every GROUPS-th tile of queries from tile WHICH on."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     zero = gl.zeros([BT, BT], gl.float32, layout)
@@ -77,18 +77,8 @@ def _attend(
             keys = k.index(at).reshape([BT, BDQ]).permute([1, 0])
             s = warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            if (far * BT < NEAR + BT - 1) | (far * BT + BT - 1 > R):
-                away = (query + far * BT)[:, None] - key[None, :]
-                s = gl.where((away >= NEAR) & (away <= R), s, float("-inf"))
-            new = gl.maximum(top, gl.max(s, 1) * scale)
-            p = gl.exp2(s * scale - new[:, None])
-            alpha = gl.exp2(top - new)
-            total = total * alpha + gl.sum(p, 1)
-            top = new
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, wide))[:, None]
-            weights = gl.convert_layout(p.to(q.dtype), operand)
-            acc = warpgroup_mma(weights, v.index(at).reshape([BT, BDV]), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            s = only_seen(s, query, key, far, BT, NEAR, R, float("-inf"))
+            acc, top, total = softmax_step(s, v.index(at).reshape([BT, BDV]), acc, top, total, scale)
             mbarrier.arrive(kv_empty.index(at), count=1)
         mbarrier.arrive(q_empty.index(WHICH), count=1)
         empty = total == 0.0
