@@ -48,7 +48,6 @@ class Warps(NamedTuple):
     warps: int  # of a program, each with a head
     programs: int  # on a multiprocessor, over which all is spread
     early: int = 1  # blocks that are brought before their step, of a window: one or more
-    registers: int | None = None
 
 
 COMPACT = "fixed", "summary"  # parts with keys of a compact list

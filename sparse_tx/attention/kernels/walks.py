@@ -10,7 +10,8 @@ tensors: all of the pass in the order of launch.py: q, k, v, out, lse, and backw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -46,14 +47,12 @@ from sparse_tx.attention.kernels.warps import window_forward_by_warps
 from sparse_tx.attention.kernels.warps_column import column_forward_by_warps
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
+Chosen = TypeVar("Chosen", Roles, ForwardRoles)
+
 
 def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand], scale: float) -> Launch | None:
     """None where tiles of their own do better, or must do it."""
-    q, _, v, *_ = tensors
-    by_roles = None
-    if _takes_roles(chain, tensors):
-        rule, entries = (column_forward_roles, chain.N) if chain.strided else (forward_roles, chain.R)
-        by_roles = rule(entries, q.shape[-1], v.shape[-1])
+    by_roles = _roles(chain, tensors, forward_roles, column_forward_roles)
     if by_roles is not None:
         return _forward_by_roles(chain, run, by_roles, merge, tensors, scale)
     if (alone := _takes_warps(chain, run, tensors)) is not None:
@@ -64,11 +63,7 @@ def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand
 
 def way_backward(chain: Chain, tensors: Sequence[Operand]) -> Roles | Walk | None:
     """How `backward_along` goes; None where tiles of their own do better, or must do it."""
-    q, _, v, *_ = tensors
-    by_roles = None
-    if _takes_roles(chain, tensors):
-        rule, entries = (column_roles, chain.N) if chain.strided else (roles, chain.R)
-        by_roles = rule(entries, q.shape[-1], v.shape[-1])
+    by_roles = _roles(chain, tensors, roles, column_roles)
     return _walk("backward", chain, tensors) if by_roles is None else by_roles
 
 
@@ -101,10 +96,19 @@ def _plain(chain: Chain) -> bool:
     return chain.tokens == 0 and chain.skip == (0, 0)
 
 
-def _takes_roles(chain: Chain, tensors: Sequence[Operand]) -> bool:
-    """Whether these of a pass suit warps with roles: a window alone or beside a column, or that column."""
-    taken = chain.part == "window" or (chain.part == "column" and _plain(chain))
-    return taken and has_roles(tensors[0].device) and _can_copy(chain, tensors)
+def _roles(
+    chain: Chain,
+    tensors: Sequence[Operand],
+    of_window: Callable[[int, int, int], Chosen | None],
+    of_column: Callable[[int, int, int], Chosen | None],
+) -> Chosen | None:
+    """What the rule gives for a window alone or beside a column, or for that column; None where roles do not suit."""
+    q, _, v, *_ = tensors
+    suits = chain.part == "window" or (chain.part == "column" and _plain(chain))
+    if not (suits and has_roles(q.device) and _can_copy(chain, tensors)):
+        return None
+    rule, entries = (of_column, chain.N) if chain.strided else (of_window, chain.R)
+    return rule(entries, q.shape[-1], v.shape[-1])
 
 
 def _takes_warps(chain: Chain, run: Run, tensors: Sequence[Operand]) -> Warps | None:
@@ -173,21 +177,23 @@ def _walk_forward(
     )  # fmt: skip
 
 
-def _by_roles(
-    chain: Chain, run: Run, halo: int, tensors: Sequence[Operand]
+def _along(
+    chain: Chain, run: Run, q: Operand, rows: int, halo: int, heads: int = 1, programs: int = 1
 ) -> tuple[int, tuple[int, ...], dict[str, object]]:
-    """Programs, numbers and constants of a launch by warps with roles. halo: what a program costs beyond its tiles of a
-    window; beyond its columns it is one.
+    """Programs, numbers and constants of a launch that goes along tiles of so many rows, or along whole columns.
+
+    halo: what a program costs beyond its tiles of a window; beyond its columns it is one. heads: of a program,
+    neighbours. programs: side by side on a multiprocessor.
     """
-    q = tensors[0]
     B, S, H, _ = q.shape
-    tiles, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // ROLES_TILE), halo)
-    length, chunks = _chunks(tiles, B * run.heads, halo, multiprocessors(q.device.index))
-    numbers = S, H, run.head, run.heads, chunks, length
+    groups = run.heads // heads
+    tiles, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // rows), halo)
+    length, chunks = _chunks(tiles, B * groups, halo, programs * multiprocessors(q.device.index))
+    numbers = S, H, run.head, groups, chunks, length
     if chain.strided:
-        of_columns = {"NEAR": chain.near, "NT": -(-chain.N // ROLES_TILE)}
-        return chunks * B * run.heads, (*numbers, chain.L), {"R": chain.R, **of_columns}
-    return chunks * B * run.heads, numbers, {"R": chain.R}
+        of_columns = {"NEAR": chain.near, "NT": -(-chain.N // rows)}
+        return chunks * B * groups, (*numbers, chain.L), {"R": chain.R, **of_columns}
+    return chunks * B * groups, numbers, {"R": chain.R}
 
 
 def _forward_by_roles(
@@ -195,7 +201,7 @@ def _forward_by_roles(
 ) -> Launch:
     # Half of the keys before a program's own, and some two tiles to begin and to end.
     halo = -(-chain.R // ROLES_TILE) // 2 + 2
-    programs, numbers, constants = _by_roles(chain, run, halo, tensors)
+    programs, numbers, constants = _along(chain, run, tensors[0], ROLES_TILE, halo)
     if not chain.strided:  # a column is the first pass of its heads: it never merges
         constants |= {"NKV": chosen.keys, "MERGE": merge}
     described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in tensors[:4]]
@@ -211,7 +217,7 @@ def _backward_by_roles(
 ) -> Launch:
     q, k, v, _, lse, dout, _, delta, *gradients = tensors
     # The tiles that a walk begins with, and some two to begin and to end.
-    programs, numbers, constants = _by_roles(chain, run, -(-chain.R // ROLES_TILE) + 2, tensors)
+    programs, numbers, constants = _along(chain, run, q, ROLES_TILE, -(-chain.R // ROLES_TILE) + 2)
     if not chain.strided:  # a column is the first pass of its heads: it never adds
         constants["ADD"] = add
     by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
@@ -251,19 +257,11 @@ def _walk_backward(
 def _forward_by_warps(
     chain: Chain, run: Run, chosen: Warps, merge: bool, tensors: Sequence[Operand], scale: float
 ) -> Launch:
-    """Heads in groups of neighbours."""
-    q = tensors[0]
-    B, S, H, _ = q.shape
-    groups = run.heads // chosen.warps
-    steps, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // BLOCK_ROWS), 2)
-    length, chunks = _chunks(steps, B * groups, halo, chosen.programs * multiprocessors(q.device.index))
-    numbers: tuple[int, ...] = S, H, run.head, groups, chunks, length
-    constants: dict[str, object] = {"R": chain.R, "num_warps": chosen.warps, "maxnreg": chosen.registers}
-    described = [heads_descriptor(t, chain, chosen.warps) for t in tensors[:4]]
-    if chain.strided:
-        numbers = *numbers, chain.L
-        constants |= {"NEAR": chain.near, "NB": -(-chain.N // BLOCK_ROWS)}
-    else:
+    programs, numbers, constants = _along(chain, run, tensors[0], BLOCK_ROWS, 2, chosen.warps, chosen.programs)
+    if not chain.strided:  # as by roles
         constants |= {"RING": -(-chain.R // BLOCK_ROWS) + 1 + chosen.early, "MERGE": merge}
-    kernel = column_forward_by_warps if chain.strided else window_forward_by_warps
-    return Launch(kernel, chunks * B * groups, *described, tensors[4], *numbers, scale * LOG2E.value, **constants)
+    described = [heads_descriptor(t, chain, chosen.warps) for t in tensors[:4]]
+    return Launch(
+        column_forward_by_warps if chain.strided else window_forward_by_warps, programs,
+        *described, tensors[4], *numbers, scale * LOG2E.value, **constants, num_warps=chosen.warps,
+    )  # fmt: skip

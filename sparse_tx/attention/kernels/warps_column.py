@@ -1,6 +1,6 @@
 """Short columns of narrow heads by warps that work alone, in Gluon for GPUs of compute capability 9.0.
 
-A warp has a whole column of one head, in NB blocks of T = 16 rows, and W warps those of W heads beside each other,
+A warp has a whole column of one head, in NT blocks of T = 16 rows, and W warps those of W heads beside each other,
 which lie beside each other in memory too: whole lines are read, and of a causal column no block of pairs is looked at
 in vain. Enough columns are on their way at a time that memory alone should take the time.
 
@@ -17,16 +17,16 @@ from sparse_tx.attention.kernels.tiles import LN2, pair_is_masked, pair_seen, pr
 
 
 @gluon.jit
-def _bring(X, x, full, b, r, head, NB: gl.constexpr):
+def _bring(X, x, full, b, r, head, NT: gl.constexpr):
     T: gl.constexpr = X.block_shape[3]
-    for n in gl.static_range(NB):
+    for n in gl.static_range(NT):
         tma.async_copy_global_to_shared(X, [b, r, head, n * T, 0], full.index(0), x.index(n))
 
 
 @gluon.jit
 def column_forward_by_warps(
     Q, K, V, O, LSE, S, H, h0, groups, chunks, length, L, scale,
-    NEAR: gl.constexpr, R: gl.constexpr, NB: gl.constexpr,
+    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
     """As `column_forward`, `length` columns of W heads a program. groups: of W heads."""
     W: gl.constexpr = Q.block_shape[2]
@@ -37,10 +37,10 @@ def column_forward_by_warps(
     layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    q = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDQ], Q.layout)
-    k = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDQ], K.layout)
-    v = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDV], V.layout)
-    o = gl.allocate_shared_memory(dtype, [NB, 1, 1, W, T, BDV], O.layout)
+    q = gl.allocate_shared_memory(dtype, [NT, 1, 1, W, T, BDQ], Q.layout)
+    k = gl.allocate_shared_memory(dtype, [NT, 1, 1, W, T, BDQ], K.layout)
+    v = gl.allocate_shared_memory(dtype, [NT, 1, 1, W, T, BDV], V.layout)
+    o = gl.allocate_shared_memory(dtype, [NT, 1, 1, W, T, BDV], O.layout)
     full = barriers(1)
     fence_async_shared()
     chunk, b, group = program(chunks, groups, False)
@@ -56,12 +56,12 @@ def column_forward_by_warps(
     for i in range(count):
         r = first + i
         tma.store_wait(0)
-        mbarrier.expect(full.index(0), 2 * NB * W * T * (2 * BDQ + BDV))
-        _bring(Q, q, full, b, r, head, NB)
-        _bring(K, k, full, b, r, head, NB)
-        _bring(V, v, full, b, r, head, NB)
+        mbarrier.expect(full.index(0), 2 * NT * W * T * (2 * BDQ + BDV))
+        _bring(Q, q, full, b, r, head, NT)
+        _bring(K, k, full, b, r, head, NT)
+        _bring(V, v, full, b, r, head, NT)
         mbarrier.wait(full.index(0), i & 1)
-        for n in gl.static_range(NB):
+        for n in gl.static_range(NT):
             queries = q.index(n).reshape([W, T, BDQ]).load(left)
             scores = ()
             # Lower than any score: a row without a key keeps it, and inf - inf never arises.
@@ -89,6 +89,6 @@ def column_forward_by_warps(
             gl.store(LSE + at, lse, mask=at < S)
             o.index(n).reshape([W, T, BDV]).store((acc * (1.0 / some)[:, :, None]).to(dtype))
         fence_async_shared()
-        for n in gl.static_range(NB):
+        for n in gl.static_range(NT):
             tma.async_copy_shared_to_global(O, [b, r, head, n * T, 0], o.index(n))
     tma.store_wait(0)

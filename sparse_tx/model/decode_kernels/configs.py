@@ -71,13 +71,19 @@ SHARED_ROWS = 256
 _BETWEEN_WIDEST = 256
 
 
+def _fits(width: int, ff: int, itemsize: int) -> bool:
+    """Whether all between two attentions can be one launch or two: 16 bits, narrow models, and rows of weights that
+    begin at multiples of 16 bytes.
+    """
+    return itemsize == 2 and width <= _BETWEEN_WIDEST and width % 8 == ff % 8 == 0
+
+
 def between(rows: int, width: int, ff: int, itemsize: int, gpu: Gpu) -> Between | None:
-    """None where what lies between two attentions is four launches: for few rows, wide models, float32, and rows of
-    weights that do not begin at multiples of 16 bytes.
+    """None where what lies between two attentions is not one launch: for few rows, and where it does not fit.
 
     1,536 rows as above: tiles of 64 inputs 4.57, of 128 (three at a time) 4.62; 32 rows a program 5.01.
     """
-    if rows <= SHARED_ROWS or width > _BETWEEN_WIDEST or width % 8 or ff % 8 or itemsize != 2:
+    if rows <= SHARED_ROWS or not _fits(width, ff, itemsize):
         return None
     return Between(16 if rows <= 16 * gpu.processors else 32, 64, 6)
 
@@ -87,8 +93,8 @@ SHARE_ROWS, SHARE_UNITS = 16, 64  # rows and hidden units of a program of `feedf
 
 def shares(rows: int, width: int, ff: int, itemsize: int) -> int:
     """Into how many a feed-forward is cut, where all between two attentions is two launches; 0 where it is not."""
-    fits = VECTOR_ROWS < rows <= SHARED_ROWS and width <= _BETWEEN_WIDEST and width % 8 == ff % 8 == 0
-    return -(-ff // SHARE_UNITS) if fits and itemsize == 2 else 0
+    taken = VECTOR_ROWS < rows <= SHARED_ROWS and _fits(width, ff, itemsize)
+    return -(-ff // SHARE_UNITS) if taken else 0
 
 
 MANY_PROGRAMS = 256
