@@ -417,6 +417,8 @@ COMMON = {
     "NVMMADistributedLayout": lambda *_: None,
     "SliceLayout": lambda *_: None,
     "DotOperandLayout": lambda *_: None,
+    "BlockedLayout": lambda *_: None,
+    "SwizzledSharedLayout": lambda *_: None,
     "NVMMASharedLayout": SimpleNamespace(get_default_for=lambda *_: None),
     "float32": torch.float32,
     "float64": torch.float64,

@@ -27,7 +27,7 @@ KERNELS = {  # by the module that launches them
     "walks": (
         "window_forward", "window_backward", "column_forward", "column_backward",
         "window_forward_by_roles", "window_backward_by_roles",
-        "column_forward_by_roles", "column_backward_by_roles",
+        "column_forward_by_roles", "column_backward_by_roles", "narrow_backward_by_roles",
         "window_forward_by_warps", "column_forward_by_warps",
     ),
 }  # fmt: skip

@@ -34,6 +34,15 @@ class Roles(NamedTuple):
     registers: int  # of a thread that makes weights
 
 
+class NarrowRoles(NamedTuple):
+    """As `Roles`, of the kernel of narrow heads."""
+
+    queries: int  # tiles
+    keys: int  # tiles
+    pairs: int  # of tiles, gradients of scores
+    registers: int  # of a thread of a group that owns tiles of keys
+
+
 class ForwardRoles(NamedTuple):
     """The same of the forward pass."""
 
@@ -145,6 +154,32 @@ def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
     if found is None or found.queries <= tiles:
         return None
     return found._replace(registers=found.registers - 8)  # four tiles of dq spill else
+
+
+def narrow_roles(R: int, Dqk: int, Dv: int) -> NarrowRoles | None:
+    """For a window of R keys, heads 32 wide, 16 bits; None if it does not fit."""
+    back = -(-R // ROLES_TILE)
+    if (Dqk, Dv) != (32, 32) or not 1 <= back <= MOST_BACK:
+        return None
+    return _narrow(max(back + 3, 7), back + 1, 2 * (back + 1))
+
+
+def narrow_column_roles(N: int, Dqk: int, Dv: int) -> NarrowRoles | None:
+    """As `narrow_roles`, for columns of N entries: two tiles or three."""
+    tiles = -(-N // ROLES_TILE)
+    if (Dqk, Dv) != (32, 32) or not 2 <= tiles <= MOST_TILES:
+        return None
+    of_column = tiles * (tiles + 1) // 2
+    return _narrow(8 if tiles == 2 else 6, 2 * of_column, 2 * of_column)
+
+
+def _narrow(places: int, step: int, least: int) -> NarrowRoles | None:
+    """places: of tiles of queries and of keys each; those of pairs are `least` or more by so many steps as fit."""
+    tile, pair = 2 * ROLES_TILE * 32, 2 * ROLES_TILE**2
+    # Beside them: five tiles of gradients on their way out, two of the output, log-sum-exp and delta.
+    left = _SHARED - (4 * places + 7) * tile - places * 8 * ROLES_TILE
+    pairs = left // pair // step * step
+    return NarrowRoles(places, places, min(pairs, max(least, 12)), 192) if pairs >= least else None
 
 
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:

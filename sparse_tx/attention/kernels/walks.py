@@ -23,31 +23,36 @@ from sparse_tx.attention.kernels.configs import (
     MOST_TILES,
     ROLES_TILE,
     ForwardRoles,
+    NarrowRoles,
     Roles,
     Walk,
     Warps,
     column_forward_roles,
     column_roles,
     forward_roles,
+    narrow_column_roles,
+    narrow_roles,
     part_of,
     power_of_two,
     roles,
     walk,
     warps,
 )
-from sparse_tx.attention.kernels.copies import can_copy, descriptor, heads_descriptor
+from sparse_tx.attention.kernels.copies import can_copy, descriptor, heads_descriptor, rows_descriptor
 from sparse_tx.attention.kernels.handles import Launch, Operand
 from sparse_tx.attention.kernels.plan import Chain, Run
 from sparse_tx.attention.kernels.roles import window_backward_by_roles
 from sparse_tx.attention.kernels.roles_column import column_backward_by_roles
 from sparse_tx.attention.kernels.roles_column_forward import column_forward_by_roles
 from sparse_tx.attention.kernels.roles_forward import window_forward_by_roles
+from sparse_tx.attention.kernels.roles_narrow import narrow_backward_by_roles
 from sparse_tx.attention.kernels.tiles import LOG2E
 from sparse_tx.attention.kernels.warps import window_forward_by_warps
 from sparse_tx.attention.kernels.warps_column import column_forward_by_warps
 from sparse_tx.attention.kernels.window import window_backward, window_forward
 
-Chosen = TypeVar("Chosen", Roles, ForwardRoles)
+Way = Roles | NarrowRoles | Walk
+Chosen = TypeVar("Chosen", Roles, NarrowRoles, ForwardRoles)
 
 
 def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand], scale: float) -> Launch | None:
@@ -61,13 +66,15 @@ def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand
     return None if walked is None else _walk_forward(chain, run, walked, merge, tensors, scale)
 
 
-def way_backward(chain: Chain, tensors: Sequence[Operand]) -> Roles | Walk | None:
+def way_backward(chain: Chain, tensors: Sequence[Operand]) -> Way | None:
     """How `backward_along` goes; None where tiles of their own do better, or must do it."""
+    if (narrow := _roles(chain, tensors, narrow_roles, narrow_column_roles)) is not None:
+        return narrow
     by_roles = _roles(chain, tensors, roles, column_roles)
     return _walk("backward", chain, tensors) if by_roles is None else by_roles
 
 
-def makes_delta(way: Roles | Walk | None, chain: Chain, alone: bool, single: bool) -> bool:
+def makes_delta(way: Way | None, chain: Chain, alone: bool, single: bool) -> bool:
     """Whether the first pass of a run makes delta on the way: where it sees each query once, and a window alone where
     it needs it. single: whether a tile of its own holds a whole group or column.
     """
@@ -77,12 +84,14 @@ def makes_delta(way: Roles | Walk | None, chain: Chain, alone: bool, single: boo
 
 
 def backward_along(
-    chain: Chain, run: Run, way: Roles | Walk, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
+    chain: Chain, run: Run, way: Way, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
     tensors: Sequence[Operand], scale: float,
 ) -> Launch:  # fmt: skip
-    """way: of `way_backward`. delta_here: whether this pass makes delta, which only walks do of a window."""
+    """way: of `way_backward`. delta_here: whether this pass makes delta, which roles do for narrow heads alone."""
     if isinstance(way, Roles):
         return _backward_by_roles(chain, run, way, add, tensors, scale)
+    if isinstance(way, NarrowRoles):
+        return _narrow_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
     return _walk_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
 
 
@@ -225,6 +234,26 @@ def _backward_by_roles(
         column_backward_by_roles if chain.strided else window_backward_by_roles, programs,
         *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale, LOG2E.value,
         **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, num_warps=4,
+    )  # fmt: skip
+
+
+def _narrow_backward(
+    chain: Chain, run: Run, chosen: NarrowRoles, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
+    tensors: Sequence[Operand], scale: float,
+) -> Launch:  # fmt: skip
+    q = tensors[0]
+    programs, numbers, constants = _along(chain, run, q, ROLES_TILE, -(-chain.R // ROLES_TILE) + 2)
+    if not chain.strided:
+        numbers, constants = (*numbers, chain.L), {**constants, "NEAR": 0, "NT": 0}
+    S, H, h0, heads, chunks, length, L = numbers
+    described = [
+        rows_descriptor(t, chain, ROLES_TILE)._replace(gluon=True) if len(t.shape) == 4 else t for t in tensors
+    ]
+    return Launch(
+        narrow_backward_by_roles, programs,
+        *described, S, H, h0, heads, chunks, length, S // L, L, scale * LOG2E.value, scale,
+        **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers,
+        ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,0 +1,353 @@
+"""The backward pass of narrow heads by warps with roles, in Gluon for GPUs of compute capability 9.0.
+
+Products of heads 32 wide are so short that shared memory, not the tensor cores, sets their time, wherever both operands
+come from it. Two groups of four warps therefore own tiles of keys and have all they can in registers: scores are made
+with keys in rows, so that weights and gradients of scores are operands of dv and dk as they lie. Only the latter go
+through shared memory, to a third group, which makes dq of them, query by query. One warp brings tiles by the copy
+engine, another log-sum-exp and delta.
+
+The same kernel takes windows and short columns. Names: m counts the program's tiles of keys, i its tiles of queries: of
+tile m those are i = m + far. Of a window queries see BACK tiles back, and a group has every second tile; a column has
+NT tiles, of which queries see all up to their own, and a group has every second column. n counts pairs of tiles.
+Tensors are (B, H, L, N, D) by descriptor, in blocks of (1, 1, 1, BT, D); of a window L is 1.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparse_tx.attention.kernels.shared_memory import barriers
+from sparse_tx.attention.kernels.tiles import LOG2E, pair_is_masked, pair_seen, program
+
+
+@gluon.jit
+def _place(m, first, BT: gl.constexpr, NT: gl.constexpr):
+    """Column and row of a tile; `first`: the program's first tile of a window (NT = 0), or its first column."""
+    if NT == 0:
+        column = 0
+        row = (first + m) * BT
+    else:
+        column = first + m // NT
+        row = m % NT * BT
+    return column, row
+
+
+@gluon.jit
+def _pair(m, far, BACK: gl.constexpr, NT: gl.constexpr):
+    """n of tile m of the keys and tile m + far of the queries."""
+    if NT == 0:
+        n = m * (BACK + 1) + far
+    else:
+        t = m % NT
+        n = m // NT * (NT * (NT + 1) // 2) + t * NT - t * (t - 1) // 2 + far
+    return n
+
+
+@gluon.jit
+def _two_tiles(X, Y, x, y, full, empty, b, head, column, row, turn, PLACES: gl.constexpr):
+    at = turn % PLACES
+    mbarrier.wait(empty.index(at), (turn // PLACES & 1) ^ 1)
+    mbarrier.expect(full.index(at), 2 * X.block_shape[3] * (X.block_shape[4] + Y.block_shape[4]))
+    tma.async_copy_global_to_shared(X, [b, head, column, row, 0], full.index(at), x.index(at))
+    tma.async_copy_global_to_shared(Y, [b, head, column, row, 0], full.index(at), y.index(at))
+
+
+@gluon.jit
+def _bring_old(
+    DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, m,
+    BT: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    """Gradients of another part, to which those of tile m of a window are added: of a program's own tiles."""
+    group = m % GROUPS
+    row = gl.where(first + m >= own, (first + m) * BT, N)
+    mbarrier.wait(old_empty.index(group), (m // GROUPS & 1) ^ 1)
+    mbarrier.expect(old_full.index(group), 2 * BT * (DK.block_shape[4] + DV.block_shape[4]))
+    tma.async_copy_global_to_shared(DK, [b, head, 0, row, 0], old_full.index(group), dk_at.index(group))
+    tma.async_copy_global_to_shared(DV, [b, head, 0, row, 0], old_full.index(group), dv_at.index(group))
+    mbarrier.wait(old_empty.index(GROUPS), (m & 1) ^ 1)
+    mbarrier.expect(old_full.index(GROUPS), 2 * BT * DQ.block_shape[4])
+    tma.async_copy_global_to_shared(DQ, [b, head, 0, row, 0], old_full.index(GROUPS), dq_at)
+
+
+@gluon.jit
+def _bring(
+    Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at,
+    q_full, q_empty, kv_full, kv_empty, o_full, o_empty, old_full, old_empty, b, head, first, own, count, N,
+    BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
+    GROUPS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr,
+):  # fmt: skip
+    BT: gl.constexpr = Q.block_shape[3]
+    tiles = count + (BACK if NT == 0 else 0)
+    for i in range(count + BACK):
+        m = i - BACK
+        if m >= 0:
+            column, row = _place(m, first, BT, NT)
+            _two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, row, m, NKV)
+        if i < tiles:
+            column, row = _place(i, first, BT, NT)
+            _two_tiles(Q, G, q, g, q_full, q_empty, b, head, column, row, i, NQ)
+            if DELTA_HERE:
+                at = i % NO
+                mbarrier.wait(o_empty.index(at), (i // NO & 1) ^ 1)
+                mbarrier.expect(o_full.index(at), 2 * BT * O.block_shape[4])
+                tma.async_copy_global_to_shared(O, [b, head, column, row, 0], o_full.index(at), o.index(at))
+        if ADD:  # of the tile before: they are wanted last
+            if m >= 1:
+                _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, m - 1, BT, GROUPS)
+    if ADD:
+        _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, count - 1, BT, GROUPS)
+
+
+@gluon.jit
+def _numbers(
+    LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full, first, count, S, L,
+    BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NO: gl.constexpr,
+    DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp in base 2 and delta of each tile of queries, zero beyond the sequence."""
+    flat: gl.constexpr = gl.BlockedLayout([BT // 32], [32], [1], [0])
+    block: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [1, 1], [1, 0])
+    local = gl.arange(0, BT, flat)
+    of_block = gl.arange(0, BT, gl.SliceLayout(1, block))
+    tiles = count + (BACK if NT == 0 else 0)
+    for i in range(tiles):
+        at = i % NQ
+        column, row = _place(i, first, BT, NT)
+        rows = (row + local) * L + column
+        lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
+        if not DELTA_HERE:
+            delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
+        mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
+        lse_at.index(at).store(lse * LOG2E)
+        if DELTA_HERE:
+            rows = (row + of_block) * L + column
+            mbarrier.wait(q_full.index(at), i // NQ & 1)
+            mbarrier.wait(o_full.index(i % NO), i // NO & 1)
+            grads = g.index(at).reshape([BT, BDV]).load(block)
+            delta = gl.sum(o.index(i % NO).reshape([BT, BDV]).load(block).to(gl.float32) * grads.to(gl.float32), 1)
+            mbarrier.arrive(o_empty.index(i % NO), count=1)
+            if HAS_DLSE:
+                delta -= gl.load(DLSE + rows, mask=rows < S, other=0.0)
+            if STORE_DELTA:
+                gl.store(DELTA + rows, delta, mask=rows < S)
+        delta_at.index(at).store(delta)
+        mbarrier.arrive(numbers_full.index(at), count=1)
+
+
+@gluon.jit
+def _written(at, x, ADD: gl.constexpr):
+    """Puts x (BT, D) where the copy engine takes it from; ADD: added to what lies there."""
+    BT: gl.constexpr = x.shape[0]
+    D: gl.constexpr = x.shape[1]
+    tile = at.reshape([BT, D])
+    if ADD:
+        x += tile.load(x.type.layout).to(gl.float32)
+    tile.store(x.to(at.dtype))
+
+
+@gluon.jit
+def _keys(
+    WHICH: gl.constexpr, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at,
+    q_full, q_empty, kv_full, numbers_full, pair_full, pair_empty, old_full, old_empty,
+    b, head, first, own, count, N, scale, softmax_scale,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
+    NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of every second tile, or of the tiles of every second column; gradients of scores (keys, queries)."""
+    TILES: gl.constexpr = NT if NT > 0 else 1
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    zero = gl.zeros([BT, BT], gl.float32, layout)
+    query = gl.arange(0, BT, gl.SliceLayout(0, layout))
+    key = gl.arange(0, BT, gl.SliceLayout(1, layout))
+    if WHICH == 0 and NT == 0:
+        # Fewer tiles of keys here are seen by the first queries: the others count as done.
+        for early in gl.static_range(BACK):
+            mbarrier.arrive(q_empty.index(early), count=BACK - early)
+    for unit in range(WHICH, count // TILES, GROUPS):
+        for t in gl.static_range(TILES):
+            m = unit * TILES + t
+            mbarrier.wait(kv_full.index(m % NKV), m // NKV & 1)
+            keys = k.index(m % NKV).reshape([BT, BDQ]).load(left)
+            values = v.index(m % NKV).reshape([BT, BDV]).load(left)
+            dk = gl.zeros([BT, BDQ], gl.float32, narrow)
+            dv = gl.zeros([BT, BDV], gl.float32, wide)
+            for far in gl.static_range(BACK + 1 - t):
+                i = m + far
+                at = i % NQ
+                n = _pair(m, far, BACK, NT)
+                mbarrier.wait(q_full.index(at), i // NQ & 1)
+                queries = q.index(at).reshape([BT, BDQ])
+                grads = g.index(at).reshape([BT, BDV])
+                s = warpgroup_mma(keys, queries.permute([1, 0]), zero, use_acc=False, is_async=True)
+                dp = warpgroup_mma(values, grads.permute([1, 0]), zero, use_acc=False, is_async=True)
+                mbarrier.wait(numbers_full.index(at), i // NQ & 1)
+                s, dk, dv = warpgroup_mma_wait(1, deps=[s, dk, dv])
+                if far > 0:  # the products of the pair before are done too
+                    mbarrier.arrive(q_empty.index((i - 1) % NQ), count=NT - t if far == 1 and NT > 0 else 1)
+                if ADD and far == 1:
+                    tma.store_wait(0)
+                    if unit > WHICH:
+                        mbarrier.arrive(old_empty.index(WHICH), count=1)
+                p = gl.exp2(s * scale - lse_at.index(at).load(gl.SliceLayout(0, layout))[None, :])
+                if pair_is_masked(far, BT, NEAR, R):
+                    p = gl.where(pair_seen(query[None, :], key[:, None], far, BT, NEAR, R), p, 0.0)
+                weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, wide, 2))
+                dv = warpgroup_mma(weights, grads, dv, use_acc=far > 0, is_async=True)
+                dp = warpgroup_mma_wait(1, deps=[dp])
+                ds = (p * (dp - delta_at.index(at).load(gl.SliceLayout(0, layout))[None, :])).to(q.dtype)
+                dk = warpgroup_mma(
+                    gl.convert_layout(ds, gl.DotOperandLayout(0, narrow, 2)), queries, dk, use_acc=far > 0, is_async=True
+                )
+                if i < count:  # else the queries are of the next program
+                    mbarrier.wait(pair_empty.index(n % NP), (n // NP & 1) ^ 1)
+                    scores.index(n % NP).store(ds)
+                    fence_async_shared()
+                    mbarrier.arrive(pair_full.index(n % NP), count=1)
+            dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
+            mbarrier.arrive(q_empty.index((m + BACK - t) % NQ), count=1)
+            if ADD:
+                mbarrier.wait(old_full.index(WHICH), unit // GROUPS & 1)
+            else:
+                tma.store_wait(0)
+            _written(dk_at.index(WHICH), dk * softmax_scale, ADD)
+            _written(dv_at.index(WHICH), dv, ADD)
+            fence_async_shared()
+            column, row = _place(m, first, BT, NT)
+            if NT == 0:
+                row = gl.where(first + m >= own, row, N)  # a tile of another program is stored beyond the end
+            tma.async_copy_shared_to_global(DK, [b, head, column, row, 0], dk_at.index(WHICH))
+            tma.async_copy_shared_to_global(DV, [b, head, column, row, 0], dv_at.index(WHICH))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _queries(
+    DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
+    b, head, first, own, count, N, softmax_scale,
+    BT: gl.constexpr, BDQ: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr,
+    NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """dq of one tile after the other, from the gradients of scores of all tiles of keys that it sees."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
+    for i in range(count):
+        mbarrier.wait(kv_full.index(i % NKV), i // NKV & 1)
+        if ADD:
+            tma.store_wait(0)
+            if i > 0:
+                mbarrier.arrive(old_empty.index(GROUPS), count=1)
+        if NT == 0:
+            most = gl.minimum(i, BACK)
+        else:
+            most = i % NT
+        dq = gl.zeros([BT, BDQ], gl.float32, narrow)
+        for step in range(most + 1):
+            m = i - most + step
+            n = _pair(m, most - step, BACK, NT)
+            mbarrier.wait(pair_full.index(n % NP), n // NP & 1)
+            keys = k.index(m % NKV).reshape([BT, BDQ])
+            dq = warpgroup_mma(scores.index(n % NP).permute([1, 0]), keys, dq, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            mbarrier.arrive(pair_empty.index(n % NP), count=1)
+        if NT == 0:
+            if i >= BACK:
+                mbarrier.arrive(kv_empty.index((i - BACK) % NKV), count=1)
+        else:
+            if most == NT - 1:
+                for t in gl.static_range(NT):
+                    mbarrier.arrive(kv_empty.index((i - t) % NKV), count=1)
+        if ADD:
+            mbarrier.wait(old_full.index(GROUPS), i & 1)
+        else:
+            tma.store_wait(0)
+        _written(dq_at, dq * softmax_scale, ADD)
+        fence_async_shared()
+        column, row = _place(i, first, BT, NT)
+        if NT == 0:
+            row = gl.where(first + i >= own, row, N)
+        tma.async_copy_shared_to_global(DQ, [b, head, column, row, 0], dq_at)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def narrow_backward_by_roles(
+    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, N, L, scale, softmax_scale,
+    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
+    REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr,
+    HAS_DLSE: gl.constexpr,
+):  # fmt: skip
+    """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of `length` columns of NT tiles, as
+    `column_backward`, which leaves delta for another part.
+
+    N: entries of a sequence or column. LSE, DLSE, DELTA: pointers to (B, H, S). NQ, NKV, NP: tiles of queries and of
+    keys, and pairs, in shared memory at a time; multiples of those of two columns, and NP of those of two tiles of a
+    window, or a barrier would have phases that a group has not seen. REGISTERS: of a thread of a group with keys.
+    """
+    GROUPS: gl.constexpr = 2
+    NO: gl.constexpr = 2
+    BT: gl.constexpr = Q.block_shape[3]
+    BDQ: gl.constexpr = Q.block_shape[4]
+    BDV: gl.constexpr = V.block_shape[4]
+    BACK: gl.constexpr = (R + BT - 1) // BT if NT == 0 else NT - 1
+    dtype: gl.constexpr = Q.dtype
+    pair: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BT], dtype)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q = gl.allocate_shared_memory(dtype, [NQ, 1, 1, 1, BT, BDQ], Q.layout)
+    g = gl.allocate_shared_memory(dtype, [NQ, 1, 1, 1, BT, BDV], G.layout)
+    o = gl.allocate_shared_memory(dtype, [NO, 1, 1, 1, BT, BDV], O.layout)
+    k = gl.allocate_shared_memory(dtype, [NKV, 1, 1, 1, BT, BDQ], K.layout)
+    v = gl.allocate_shared_memory(dtype, [NKV, 1, 1, 1, BT, BDV], V.layout)
+    scores = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
+    dq_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDQ], DQ.layout)
+    dk_at = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 1, BT, BDQ], DK.layout)
+    dv_at = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 1, BT, BDV], DV.layout)
+    lse_at = gl.allocate_shared_memory(gl.float32, [NQ, BT], plain)
+    delta_at = gl.allocate_shared_memory(gl.float32, [NQ, BT], plain)
+    q_full, numbers_full = barriers(NQ), barriers(NQ)
+    q_empty = gl.allocate_shared_memory(gl.int64, [NQ, 1], mbarrier.MBarrierLayout())
+    for at in gl.static_range(NQ):
+        mbarrier.init(q_empty.index(at), count=BACK + 1)  # the tiles of keys that see it
+    kv_full, kv_empty = barriers(NKV), barriers(NKV)
+    o_full, o_empty = barriers(NO), barriers(NO)
+    pair_full, pair_empty = barriers(NP), barriers(NP)
+    old_full, old_empty = barriers(GROUPS + 1), barriers(GROUPS + 1)
+    fence_async_shared()
+    chunk, b, h = program(chunks, heads, False)
+    head = h0 + h
+    of_head = (b.to(gl.int64) * H + head) * S
+    LSE += of_head
+    DLSE += of_head
+    DELTA += of_head
+    own = chunk * length
+    if NT == 0:
+        first = gl.maximum(own - BACK, 0)
+        count = gl.minimum(own + length, (N + BT - 1) // BT) - first
+    else:
+        first = own
+        count = gl.minimum(length, L - own) * NT
+    gl.warp_specialize(
+        [
+            (_queries, (DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
+                        b, head, first, own, count, N, softmax_scale, BT, BDQ, BACK, NT, NKV, NP, GROUPS, ADD)),
+            (_keys, (0, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
+                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N, scale,
+                     softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
+            (_keys, (1, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
+                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N, scale,
+                     softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
+            (_bring, (Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
+                      o_full, o_empty, old_full, old_empty, b, head, first, own, count, N, BACK, NT, NQ, NKV, NO, GROUPS,
+                      ADD, DELTA_HERE)),
+            (_numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
+                        first, count, S, L, BT, BDV, BACK, NT, NQ, NO, DELTA_HERE, STORE_DELTA, HAS_DLSE)),
+        ],
+        [4, 4, 1, 1], [REGISTERS, REGISTERS, 40, 40],
+    )  # fmt: skip
