@@ -161,7 +161,7 @@ def narrow_roles(R: int, Dqk: int, Dv: int) -> NarrowRoles | None:
     back = -(-R // ROLES_TILE)
     if (Dqk, Dv) != (32, 32) or not 1 <= back <= MOST_BACK:
         return None
-    return _narrow(max(back + 3, 7), back + 1, 2 * (back + 1))
+    return _narrow(max(back + 3, 7), 2 * (back + 1))
 
 
 def narrow_column_roles(N: int, Dqk: int, Dv: int) -> NarrowRoles | None:
@@ -170,16 +170,15 @@ def narrow_column_roles(N: int, Dqk: int, Dv: int) -> NarrowRoles | None:
     if (Dqk, Dv) != (32, 32) or not 2 <= tiles <= MOST_TILES:
         return None
     of_column = tiles * (tiles + 1) // 2
-    return _narrow(8 if tiles == 2 else 6, 2 * of_column, 2 * of_column)
+    return _narrow(8 if tiles == 2 else 6, 2 * of_column)
 
 
-def _narrow(places: int, step: int, least: int) -> NarrowRoles | None:
-    """places: of tiles of queries and of keys each; those of pairs are `least` or more by so many steps as fit."""
+def _narrow(places: int, pairs: int) -> NarrowRoles | None:
+    """places: of tiles of queries and of keys each."""
     tile, pair = 2 * ROLES_TILE * 32, 2 * ROLES_TILE**2
-    # Beside them: five tiles of gradients on their way out, two of the output, log-sum-exp and delta.
-    left = _SHARED - (4 * places + 7) * tile - places * 8 * ROLES_TILE
-    pairs = left // pair // step * step
-    return NarrowRoles(places, places, min(pairs, max(least, 12)), 192) if pairs >= least else None
+    # Beside them: five tiles of gradients on their way out, four of the output, log-sum-exp and delta.
+    left = _SHARED - (4 * places + 9) * tile - places * 8 * ROLES_TILE
+    return NarrowRoles(places, places, pairs, 192) if pairs * pair <= left else None
 
 
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:

@@ -105,24 +105,36 @@ def _bring(
 
 
 @gluon.jit
+def _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE: gl.constexpr):
+    """Log-sum-exp of a tile of queries, and delta unless it is made here; zero beyond the sequence."""
+    rows = (row + local) * L + column
+    lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
+    if DELTA_HERE:
+        delta = lse
+    else:
+        delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
+    return lse, delta
+
+
+@gluon.jit
 def _numbers(
     LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full, first, count, S, L,
     BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NO: gl.constexpr,
     DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp in base 2 and delta of each tile of queries, zero beyond the sequence."""
+    """Log-sum-exp in base 2 and delta of each tile of queries; those of the next are on their way."""
     flat: gl.constexpr = gl.BlockedLayout([BT // 32], [32], [1], [0])
     block: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [1, 1], [1, 0])
     local = gl.arange(0, BT, flat)
     of_block = gl.arange(0, BT, gl.SliceLayout(1, block))
     tiles = count + (BACK if NT == 0 else 0)
+    column, row = _place(0, first, BT, NT)
+    lse, delta = _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE)
     for i in range(tiles):
         at = i % NQ
+        column, row = _place(i + 1, first, BT, NT)
+        next_lse, next_delta = _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE)
         column, row = _place(i, first, BT, NT)
-        rows = (row + local) * L + column
-        lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
-        if not DELTA_HERE:
-            delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
         mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
         lse_at.index(at).store(lse * LOG2E)
         if DELTA_HERE:
@@ -130,13 +142,16 @@ def _numbers(
             mbarrier.wait(q_full.index(at), i // NQ & 1)
             mbarrier.wait(o_full.index(i % NO), i // NO & 1)
             grads = g.index(at).reshape([BT, BDV]).load(block)
-            delta = gl.sum(o.index(i % NO).reshape([BT, BDV]).load(block).to(gl.float32) * grads.to(gl.float32), 1)
+            made = gl.sum(o.index(i % NO).reshape([BT, BDV]).load(block).to(gl.float32) * grads.to(gl.float32), 1)
             mbarrier.arrive(o_empty.index(i % NO), count=1)
             if HAS_DLSE:
-                delta -= gl.load(DLSE + rows, mask=rows < S, other=0.0)
+                made -= gl.load(DLSE + rows, mask=rows < S, other=0.0)
             if STORE_DELTA:
-                gl.store(DELTA + rows, delta, mask=rows < S)
-        delta_at.index(at).store(delta)
+                gl.store(DELTA + rows, made, mask=rows < S)
+            delta_at.index(at).store(made)
+        else:
+            delta_at.index(at).store(delta)
+        lse, delta = next_lse, next_delta
         mbarrier.arrive(numbers_full.index(at), count=1)
 
 
@@ -149,6 +164,18 @@ def _written(at, x, ADD: gl.constexpr):
     if ADD:
         x += tile.load(x.type.layout).to(gl.float32)
     tile.store(x.to(at.dtype))
+
+
+@gluon.jit
+def _scores(
+    keys, values, q, g, q_full, i, zero, BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NQ: gl.constexpr
+):
+    """Products of keys with the i-th tile of queries and of values with gradients of the output, both under way."""
+    at = i % NQ
+    mbarrier.wait(q_full.index(at), i // NQ & 1)
+    s = warpgroup_mma(keys, q.index(at).reshape([BT, BDQ]).permute([1, 0]), zero, use_acc=False, is_async=True)
+    dp = warpgroup_mma(values, g.index(at).reshape([BT, BDV]).permute([1, 0]), zero, use_acc=False, is_async=True)
+    return s, dp
 
 
 @gluon.jit
@@ -180,16 +207,13 @@ def _keys(
             values = v.index(m % NKV).reshape([BT, BDV]).load(left)
             dk = gl.zeros([BT, BDQ], gl.float32, narrow)
             dv = gl.zeros([BT, BDV], gl.float32, wide)
+            s, dp = _scores(keys, values, q, g, q_full, m, zero, BT, BDQ, BDV, NQ)
             for far in gl.static_range(BACK + 1 - t):
                 i = m + far
                 at = i % NQ
                 n = _pair(m, far, BACK, NT)
-                mbarrier.wait(q_full.index(at), i // NQ & 1)
-                queries = q.index(at).reshape([BT, BDQ])
-                grads = g.index(at).reshape([BT, BDV])
-                s = warpgroup_mma(keys, queries.permute([1, 0]), zero, use_acc=False, is_async=True)
-                dp = warpgroup_mma(values, grads.permute([1, 0]), zero, use_acc=False, is_async=True)
                 mbarrier.wait(numbers_full.index(at), i // NQ & 1)
+                lse = lse_at.index(at).load(gl.SliceLayout(0, layout))
                 s, dk, dv = warpgroup_mma_wait(1, deps=[s, dk, dv])
                 if far > 0:  # the products of the pair before are done too
                     mbarrier.arrive(q_empty.index((i - 1) % NQ), count=NT - t if far == 1 and NT > 0 else 1)
@@ -197,16 +221,20 @@ def _keys(
                     tma.store_wait(0)
                     if unit > WHICH:
                         mbarrier.arrive(old_empty.index(WHICH), count=1)
-                p = gl.exp2(s * scale - lse_at.index(at).load(gl.SliceLayout(0, layout))[None, :])
+                p = gl.exp2(s * scale - lse[None, :])
                 if pair_is_masked(far, BT, NEAR, R):
                     p = gl.where(pair_seen(query[None, :], key[:, None], far, BT, NEAR, R), p, 0.0)
+                grads = g.index(at).reshape([BT, BDV])
                 weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, wide, 2))
+                delta = delta_at.index(at).load(gl.SliceLayout(0, layout))
                 dv = warpgroup_mma(weights, grads, dv, use_acc=far > 0, is_async=True)
                 dp = warpgroup_mma_wait(1, deps=[dp])
-                ds = (p * (dp - delta_at.index(at).load(gl.SliceLayout(0, layout))[None, :])).to(q.dtype)
-                dk = warpgroup_mma(
-                    gl.convert_layout(ds, gl.DotOperandLayout(0, narrow, 2)), queries, dk, use_acc=far > 0, is_async=True
-                )
+                ds = (p * (dp - delta[None, :])).to(q.dtype)
+                queries = q.index(at).reshape([BT, BDQ])
+                grad_scores = gl.convert_layout(ds, gl.DotOperandLayout(0, narrow, 2))
+                dk = warpgroup_mma(grad_scores, queries, dk, use_acc=far > 0, is_async=True)
+                if far < BACK - t:  # the next pair's scores are on their way while this one's gradients are left
+                    s, dp = _scores(keys, values, q, g, q_full, i + 1, zero, BT, BDQ, BDV, NQ)
                 if i < count:  # else the queries are of the next program
                     mbarrier.wait(pair_empty.index(n % NP), (n // NP & 1) ^ 1)
                     scores.index(n % NP).store(ds)
@@ -292,7 +320,7 @@ def narrow_backward_by_roles(
     window, or a barrier would have phases that a group has not seen. REGISTERS: of a thread of a group with keys.
     """
     GROUPS: gl.constexpr = 2
-    NO: gl.constexpr = 2
+    NO: gl.constexpr = 4
     BT: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
     BDV: gl.constexpr = V.block_shape[4]
