@@ -178,7 +178,7 @@ def _narrow(places: int, pairs: int) -> NarrowRoles | None:
     tile, pair = 2 * ROLES_TILE * 32, 2 * ROLES_TILE**2
     # Beside them: five tiles of gradients on their way out, four of the output, log-sum-exp and delta.
     left = _SHARED - (4 * places + 9) * tile - places * 8 * ROLES_TILE
-    return NarrowRoles(places, places, pairs, 192) if pairs * pair <= left else None
+    return NarrowRoles(places, places, pairs, 200) if pairs * pair <= left else None
 
 
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:

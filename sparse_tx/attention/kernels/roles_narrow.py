@@ -123,8 +123,8 @@ def _numbers(
     DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp in base 2 and delta of each tile of queries; those of the next are on their way."""
-    flat: gl.constexpr = gl.BlockedLayout([BT // 32], [32], [1], [0])
-    block: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [1, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
+    block: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [2, 1], [1, 0])
     local = gl.arange(0, BT, flat)
     of_block = gl.arange(0, BT, gl.SliceLayout(1, block))
     tiles = count + (BACK if NT == 0 else 0)
@@ -377,5 +377,5 @@ def narrow_backward_by_roles(
             (_numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
                         first, count, S, L, BT, BDV, BACK, NT, NQ, NO, DELTA_HERE, STORE_DELTA, HAS_DLSE)),
         ],
-        [4, 4, 1, 1], [REGISTERS, REGISTERS, 40, 40],
+        [4, 4, 1, 2], [REGISTERS, REGISTERS, 56, 56],
     )  # fmt: skip
