@@ -161,7 +161,7 @@ def narrow_roles(R: int, Dqk: int, Dv: int) -> NarrowRoles | None:
     back = -(-R // ROLES_TILE)
     if (Dqk, Dv) != (32, 32) or not 1 <= back <= MOST_BACK:
         return None
-    return _narrow(max(back + 3, 7), 2 * (back + 1))
+    return _narrow(max(back + 3, 8), 2 * (back + 1))
 
 
 def narrow_column_roles(N: int, Dqk: int, Dv: int) -> NarrowRoles | None:
@@ -178,7 +178,7 @@ def _narrow(places: int, pairs: int) -> NarrowRoles | None:
     tile, pair = 2 * ROLES_TILE * 32, 2 * ROLES_TILE**2
     # Beside them: five tiles of gradients on their way out, four of the output, log-sum-exp and delta.
     left = _SHARED - (4 * places + 9) * tile - places * 8 * ROLES_TILE
-    return NarrowRoles(places, places, pairs, 200) if pairs * pair <= left else None
+    return NarrowRoles(places, places, pairs, 208) if pairs * pair <= left else None
 
 
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:

@@ -377,5 +377,5 @@ def narrow_backward_by_roles(
             (_numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
                         first, count, S, L, BT, BDV, BACK, NT, NQ, NO, DELTA_HERE, STORE_DELTA, HAS_DLSE)),
         ],
-        [4, 4, 1, 2], [REGISTERS, REGISTERS, 56, 56],
+        [4, 4, 1, 2], [REGISTERS, REGISTERS, 40, 40],
     )  # fmt: skip
