@@ -207,6 +207,27 @@ def test_columns_by_roles_are_as_near_the_truth_as_dense_torch(attention, pauses
     assert all(map(torch.equal, found, attention(*given, patterns)))
 
 
+NARROW = [
+    ([Window(30)] * 2, 200, 32, 32, torch.bfloat16),
+    ([Window(128)] * 2, 420, 32, 32, torch.float16),
+    ([Window(200), Window(150)], 460, 32, 32, torch.bfloat16),
+    ([Column(4)] * 2, 4 * 100, 32, 32, torch.bfloat16),
+    ([Column(4, reach=70)], 4 * 150, 32, 32, torch.float16),
+    ([Window(12) | Column(12), Column(12)], 12 * 100, 32, 32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_narrow_heads_by_roles_are_as_near_the_truth_as_dense_torch(attention, pauses, case):
+    patterns, _, _, _, dtype = case
+    given = inputs(*case, B=2)
+    found = near_the_truth(attention, given, patterns, dtype)
+    assert attention.kernels["narrow_backward_by_roles"].launched
+    assert not attention.kernels["attention_delta"].launched
+    pauses(0)
+    assert all(map(torch.equal, found, attention(*given, patterns)))
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
 def test_roles_that_overtake_each_other_write_the_same_bits(attention, pauses, case):
     given = inputs(*case)

@@ -148,7 +148,7 @@ def test_windows_without_roles_compile_with_the_copy_engine_too(monkeypatch, cas
             if not roles:
                 assert compiled(kernel, args, named, 90).metadata.shared <= SHARED_KIB[90] * 1024
     narrow = "ImageNet" in case  # heads, that walk where there are no roles; forwards warps work alone
-    assert "window_backward_by_roles" in names
+    assert f"{'narrow' if narrow else 'window'}_backward_by_roles" in names
     assert ("window_forward_by_roles" in names) != narrow
     assert ("window_backward" if narrow else "chain_backward") in names
 
@@ -176,6 +176,14 @@ def test_columns_by_roles_compile_and_fit_shared_memory(monkeypatch, N):
     assert [kernel.__name__ for kernel, _, _ in columns] == ["column_forward_by_roles", "column_backward_by_roles"]
     for one in columns:
         assert compiled(*one, 90).metadata.shared <= SHARED_KIB[90] * 1024
+
+
+@pytest.mark.parametrize("pattern", [Window(40), Window(150), Window(256), Column(64), Column(32)], ids=str)
+def test_narrow_heads_by_roles_compile_and_fit_shared_memory(monkeypatch, pattern):
+    found = launches(monkeypatch, (pattern,) * 2, 64 * 96, 32, 32, torch.float16, 90)
+    (one,) = [launch for launch in found if "_backward" in launch[0].__name__]
+    assert one[0].__name__ == "narrow_backward_by_roles"
+    assert compiled(*one, 90).metadata.shared <= SHARED_KIB[90] * 1024
 
 
 def test_warps_work_alone_where_their_kernels_can(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from sparse_tx.attention.kernels.plan import Chain
@@ -40,6 +41,7 @@ class NarrowRoles(NamedTuple):
     queries: int  # tiles
     keys: int  # tiles
     pairs: int  # of tiles, gradients of scores
+    outputs: int  # tiles
     registers: int  # of a thread of a group that owns tiles of keys
 
 
@@ -157,11 +159,16 @@ def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
 
 
 def narrow_roles(R: int, Dqk: int, Dv: int) -> NarrowRoles | None:
-    """For a window of R keys, heads 32 wide, 16 bits; None if it does not fit."""
+    """For a window of R keys, heads 32 wide, 16 bits; None if it does not fit.
+
+    On an H200, us, delta included: ImageNet64's window 158 (203 as `roles`), its column 125 (183 as a walk). One warp
+    for log-sum-exp and delta held all others up (163, 142); with 192 registers a group spills (176). Lost: telling of
+    gradients of scores a pair later (163 for 160), places for more pairs (161); a third group spills.
+    """
     back = -(-R // ROLES_TILE)
     if (Dqk, Dv) != (32, 32) or not 1 <= back <= MOST_BACK:
         return None
-    return _narrow(max(back + 3, 8), 2 * (back + 1))
+    return _narrow((8, 7), 2 * (back + 1))
 
 
 def narrow_column_roles(N: int, Dqk: int, Dv: int) -> NarrowRoles | None:
@@ -169,16 +176,17 @@ def narrow_column_roles(N: int, Dqk: int, Dv: int) -> NarrowRoles | None:
     tiles = -(-N // ROLES_TILE)
     if (Dqk, Dv) != (32, 32) or not 2 <= tiles <= MOST_TILES:
         return None
-    of_column = tiles * (tiles + 1) // 2
-    return _narrow(8 if tiles == 2 else 6, 2 * of_column)
+    return _narrow((8,) if tiles == 2 else (6,), tiles * (tiles + 1))
 
 
-def _narrow(places: int, pairs: int) -> NarrowRoles | None:
-    """places: of tiles of queries and of keys each."""
+def _narrow(places: tuple[int, ...], pairs: int) -> NarrowRoles | None:
+    """places: of tiles of queries and of keys each, most wanted first: three more than a window reaches back."""
     tile, pair = 2 * ROLES_TILE * 32, 2 * ROLES_TILE**2
-    # Beside them: five tiles of gradients on their way out, four of the output, log-sum-exp and delta.
-    left = _SHARED - (4 * places + 9) * tile - places * 8 * ROLES_TILE
-    return NarrowRoles(places, places, pairs, 208) if pairs * pair <= left else None
+    for tiles, outputs in itertools.product(places, (4, 2)):
+        # Beside them five tiles of gradients on their way out, log-sum-exp and delta of the queries.
+        if (4 * tiles + 5 + outputs) * tile + pairs * pair + tiles * 8 * ROLES_TILE <= _SHARED:
+            return NarrowRoles(tiles, tiles, pairs, outputs, 208)
+    return None
 
 
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:

@@ -76,3 +76,14 @@ def leave_weights(
     scores.index(n % NP).store((p * (dp - delta[:, None])).to(scores.dtype))
     fence_async_shared()
     mbarrier.arrive(pair_full.index(n % NP), count=1)
+
+
+@gluon.jit
+def written(at, x, ADD: gl.constexpr):
+    """Puts x (BT, D) where the copy engine takes it from; ADD: added to what lies there."""
+    BT: gl.constexpr = x.shape[0]
+    D: gl.constexpr = x.shape[1]
+    tile = at.reshape([BT, D])
+    if ADD:
+        x += tile.load(x.type.layout).to(gl.float32)
+    tile.store(x.to(at.dtype))

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.pairs import leave_weights, numbers_of, scores_of
+from sparse_tx.attention.kernels.pairs import leave_weights, numbers_of, scores_of, written
 from sparse_tx.attention.kernels.shared_memory import barriers
 
 
@@ -103,17 +103,6 @@ def _weights(
 
 
 @gluon.jit
-def _written(at, x, ADD: gl.constexpr):
-    """Puts x (BT, D) where the copy engine takes it from; ADD: added to what lies there."""
-    BT: gl.constexpr = x.shape[0]
-    D: gl.constexpr = x.shape[1]
-    tile = at.reshape([BT, D])
-    if ADD:
-        x += tile.load(x.type.layout).to(gl.float32)
-    tile.store(x.to(at.dtype))
-
-
-@gluon.jit
 def _gradients(
     DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at,
     q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
@@ -161,9 +150,9 @@ def _gradients(
             mbarrier.wait(old_full.index(0), t & 1)
         else:
             tma.store_wait(0)
-        _written(dq_at, done[2] * softmax_scale, ADD)
-        _written(dk_at, done[0] * softmax_scale, ADD)
-        _written(dv_at, done[1], ADD)
+        written(dq_at, done[2] * softmax_scale, ADD)
+        written(dk_at, done[0] * softmax_scale, ADD)
+        written(dv_at, done[1], ADD)
         fence_async_shared()
         tma.async_copy_shared_to_global(DQ, [b, head, to, 0], dq_at)
         tma.async_copy_shared_to_global(DK, [b, head, to, 0], dk_at)

@@ -4,7 +4,7 @@ Products of heads 32 wide are so short that shared memory, not the tensor cores,
 come from it. Two groups of four warps therefore own tiles of keys and have all they can in registers: scores are made
 with keys in rows, so that weights and gradients of scores are operands of dv and dk as they lie. Only the latter go
 through shared memory, to a third group, which makes dq of them, query by query. One warp brings tiles by the copy
-engine, another log-sum-exp and delta.
+engine, two more log-sum-exp and delta.
 
 The same kernel takes windows and short columns. Names: m counts the program's tiles of keys, i its tiles of queries: of
 tile m those are i = m + far. Of a window queries see BACK tiles back, and a group has every second tile; a column has
@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparse_tx.attention.kernels.pairs import written
 from sparse_tx.attention.kernels.shared_memory import barriers
 from sparse_tx.attention.kernels.tiles import LOG2E, pair_is_masked, pair_seen, program
 
@@ -97,9 +98,12 @@ def _bring(
                 mbarrier.wait(o_empty.index(at), (i // NO & 1) ^ 1)
                 mbarrier.expect(o_full.index(at), 2 * BT * O.block_shape[4])
                 tma.async_copy_global_to_shared(O, [b, head, column, row, 0], o_full.index(at), o.index(at))
-        if ADD:  # of the tile before: they are wanted last
-            if m >= 1:
-                _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, m - 1, BT, GROUPS)
+        if ADD:  # to the gradients of the tile before: they are wanted last
+            before = m - 1
+            if before >= 0:
+                _bring_old(
+                    DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, before, BT, GROUPS
+                )
     if ADD:
         _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, count - 1, BT, GROUPS)
 
@@ -153,17 +157,6 @@ def _numbers(
             delta_at.index(at).store(delta)
         lse, delta = next_lse, next_delta
         mbarrier.arrive(numbers_full.index(at), count=1)
-
-
-@gluon.jit
-def _written(at, x, ADD: gl.constexpr):
-    """Puts x (BT, D) where the copy engine takes it from; ADD: added to what lies there."""
-    BT: gl.constexpr = x.shape[0]
-    D: gl.constexpr = x.shape[1]
-    tile = at.reshape([BT, D])
-    if ADD:
-        x += tile.load(x.type.layout).to(gl.float32)
-    tile.store(x.to(at.dtype))
 
 
 @gluon.jit
@@ -246,8 +239,8 @@ def _keys(
                 mbarrier.wait(old_full.index(WHICH), unit // GROUPS & 1)
             else:
                 tma.store_wait(0)
-            _written(dk_at.index(WHICH), dk * softmax_scale, ADD)
-            _written(dv_at.index(WHICH), dv, ADD)
+            written(dk_at.index(WHICH), dk * softmax_scale, ADD)
+            written(dv_at.index(WHICH), dv, ADD)
             fence_async_shared()
             column, row = _place(m, first, BT, NT)
             if NT == 0:
@@ -296,7 +289,7 @@ def _queries(
             mbarrier.wait(old_full.index(GROUPS), i & 1)
         else:
             tma.store_wait(0)
-        _written(dq_at, dq * softmax_scale, ADD)
+        written(dq_at, dq * softmax_scale, ADD)
         fence_async_shared()
         column, row = _place(i, first, BT, NT)
         if NT == 0:
@@ -309,18 +302,18 @@ def _queries(
 def narrow_backward_by_roles(
     Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, N, L, scale, softmax_scale,
     NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
-    REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr,
+    NO: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr,
     HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of `length` columns of NT tiles, as
     `column_backward`, which leaves delta for another part.
 
-    N: entries of a sequence or column. LSE, DLSE, DELTA: pointers to (B, H, S). NQ, NKV, NP: tiles of queries and of
-    keys, and pairs, in shared memory at a time; multiples of those of two columns, and NP of those of two tiles of a
-    window, or a barrier would have phases that a group has not seen. REGISTERS: of a thread of a group with keys.
+    N: entries of a sequence or column. LSE, DLSE, DELTA: pointers to (B, H, S). NQ, NKV, NP, NO: tiles of queries and
+    of keys, pairs, and tiles of the output, in shared memory at a time; the first three are multiples of those of two
+    columns, and NP of those of two tiles of a window, or a barrier would have phases that a group has not seen.
+    REGISTERS: of a thread of a group with keys.
     """
     GROUPS: gl.constexpr = 2
-    NO: gl.constexpr = 4
     BT: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
     BDV: gl.constexpr = V.block_shape[4]
@@ -372,8 +365,8 @@ def narrow_backward_by_roles(
                      numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N, scale,
                      softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_bring, (Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                      o_full, o_empty, old_full, old_empty, b, head, first, own, count, N, BACK, NT, NQ, NKV, NO, GROUPS,
-                      ADD, DELTA_HERE)),
+                      o_full, o_empty, old_full, old_empty, b, head, first, own, count, N, BACK, NT, NQ, NKV, NO,
+                      GROUPS, ADD, DELTA_HERE)),
             (_numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
                         first, count, S, L, BT, BDV, BACK, NT, NQ, NO, DELTA_HERE, STORE_DELTA, HAS_DLSE)),
         ],

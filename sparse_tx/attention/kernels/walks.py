@@ -252,8 +252,9 @@ def _narrow_backward(
     return Launch(
         narrow_backward_by_roles, programs,
         *described, S, H, h0, heads, chunks, length, S // L, L, scale * LOG2E.value, scale,
-        **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers,
-        ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse, num_warps=4,
+        **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, NO=chosen.outputs,
+        REGISTERS=chosen.registers, ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse,
+        num_warps=4,
     )  # fmt: skip
 
 
