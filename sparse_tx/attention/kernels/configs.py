@@ -33,13 +33,14 @@ class Roles(NamedTuple):
     keys: int  # tiles
     pairs: int  # of tiles, weights and gradients of scores
     registers: int  # of a thread that makes weights
+    back: int = 0  # tiles that a pass over a window reaches back, beyond its first
+    outputs: int = 0  # tiles, of columns
 
 
 class NarrowRoles(NamedTuple):
     """As `Roles`, of the kernel of narrow heads."""
 
-    queries: int  # tiles
-    keys: int  # tiles
+    tiles: int  # of queries, and of keys
     pairs: int  # of tiles, gradients of scores
     outputs: int  # tiles
     registers: int  # of a thread of a group that owns tiles of keys
@@ -48,7 +49,8 @@ class NarrowRoles(NamedTuple):
 class ForwardRoles(NamedTuple):
     """The same of the forward pass."""
 
-    keys: int  # tiles
+    queries: int  # tiles
+    keys: int  # tiles of a window, or columns
     groups: int  # of four warps, that take turns in tiles of queries
     registers: int  # of a thread of theirs
 
@@ -111,29 +113,45 @@ MOST_TILES = 3  # of a column
 
 ROLES_TILE = 64
 _SHARED = 226 * 1024  # bytes of a program, barriers aside
+_MOST_PASSES = 4
 
 
 def roles(R: int, Dqk: int, Dv: int) -> Roles | None:
     """For a window of R keys, heads of powers of two wide, 16 bits; None if it does not fit.
 
-    On an H100, us, delta included: CIFAR-10's window 79 (108 by tiles of their own), audio's 294 (477), ImageNet64's
-    225 (288 as a walk), 12,288 positions of 8 heads 64 wide with windows of 16 and 32 keys 177 and 180 (212, 214).
-    Lost: scores of the next pair under way (on an H200 CIFAR-10's 70 for 66, audio's 464 for 280, ImageNet64's 199 for
-    206); a third group that makes weights, where registers allow (ImageNet64's 230 for 225).
+    The gradients of queries must fit the registers: a window of more tiles takes several passes.
+
+    On an H100, us, delta included: CIFAR-10's window 79 (108 by tiles of their own), audio's 294 (477), 12,288
+    positions of 8 heads 64 wide with windows of 16 and 32 keys 177 and 180 (212, 214). Lost: scores of the next pair
+    under way (on an H200 CIFAR-10's 70 for 66, audio's 464 for 280); a third group that makes weights, where registers
+    allow (230 for 225 of ImageNet64's, before narrow heads had a kernel of their own).
     """
-    back = -(-R // ROLES_TILE)
+    tiles = -(-R // ROLES_TILE) + 1
+    if tiles < 2 or min(Dqk, Dv) < 32:
+        return None
+    for passes in range(1, _MOST_PASSES + 1):
+        if (found := _pass(-(-tiles // passes) - 1, Dqk, Dv)) is not None:
+            return found
+    return None
+
+
+def _pass(back: int, Dqk: int, Dv: int, outputs: int = 0) -> Roles | None:
+    """outputs: tiles of the output beside the others, for delta, with the numbers of the queries."""
     # A thread of four warps has half a register for each column of a tile's accumulator: dk, dv and back + 1 times dq.
     accumulators = (Dqk * (back + 2) + Dv) // 2
-    registers = min(128, (512 - 24 - accumulators - 40) // 2 // 8 * 8)
-    if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 32 or registers < 112:
+    others = 40 if outputs else 24
+    registers = min(128, (512 - others - accumulators - 40) // 2 // 8 * 8)
+    if not 1 <= back <= MOST_BACK or registers < (104 if outputs else 112):
         return None
     tile, pair = 2 * ROLES_TILE * (Dqk + Dv), 4 * ROLES_TILE**2
+    # With one tile each of gradients on their way out.
+    rest = 2 * ROLES_TILE * (2 * Dqk + Dv) + outputs * 2 * ROLES_TILE * Dv
     # Weights are up to a tile of keys ahead of the gradients: of two such tiles the next would come when it is wanted.
     few = (back + 2, 2, 3), (back + 2, 2, 2), (back + 1, 2, 2)
     for queries, keys, pairs in ((back + 2, 4, 4), (back + 2, 4, 3), (back + 2, 3, 3), (back + 1, 3, 3), *few):
-        # With one tile each of gradients on their way out.
-        if (queries + keys) * tile + pairs * pair + 2 * ROLES_TILE * (2 * Dqk + Dv) <= _SHARED:
-            return Roles(queries, keys, pairs, registers)
+        numbers = queries * 8 * ROLES_TILE if outputs else 0
+        if (queries + keys) * tile + pairs * pair + rest + numbers <= _SHARED:
+            return Roles(queries, keys, pairs, registers, back, outputs)
     return None
 
 
@@ -152,7 +170,7 @@ def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
     """As `roles`, for columns of N entries."""
     if not (tiles := _column_tiles(N, Dqk, Dv)):
         return None
-    found = roles((tiles - 1) * ROLES_TILE, Dqk, Dv)
+    found = _pass(tiles - 1, Dqk, Dv, 2) or _pass(tiles - 1, Dqk, Dv, 1)
     if found is None or found.queries <= tiles:
         return None
     return found._replace(registers=found.registers - 8)  # four tiles of dq spill else
@@ -185,7 +203,7 @@ def _narrow(places: tuple[int, ...], pairs: int) -> NarrowRoles | None:
     for tiles, outputs in itertools.product(places, (4, 2)):
         # Beside them five tiles of gradients on their way out, log-sum-exp and delta of the queries.
         if (4 * tiles + 5 + outputs) * tile + pairs * pair + tiles * 8 * ROLES_TILE <= _SHARED:
-            return NarrowRoles(tiles, tiles, pairs, outputs, 208)
+            return NarrowRoles(tiles, pairs, outputs, 208)
     return None
 
 
@@ -194,19 +212,24 @@ def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     back = -(-R // ROLES_TILE)
     if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 64 or max(Dqk, Dv) > 128:
         return None
-    groups = min(3, back + 1)
-    tile = 2 * ROLES_TILE * (Dqk + Dv)
-    fits = (back + 1 + groups + groups) * tile <= _SHARED
-    return ForwardRoles(back + groups, groups, 160 if groups == 3 else 232) if fits else None
+    groups = 3
+    keys = 6 if back == 1 else back + groups  # see `window_forward_by_roles`
+    for queries in (2 * groups, groups):
+        if 2 * ROLES_TILE * (queries * Dqk + groups * Dv + keys * (Dqk + Dv)) <= _SHARED:
+            return ForwardRoles(queries, keys, groups, 160)
+    return None
 
 
 def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     """As `column_roles`."""
     if not (tiles := _column_tiles(N, Dqk, Dv)):
         return None
-    groups = min(3, tiles)
-    fits = (2 * tiles + groups) * 2 * ROLES_TILE * (Dqk + Dv) <= _SHARED
-    return ForwardRoles(2 * tiles, groups, 160 if groups == 3 else 232) if fits else None
+    groups = 3
+    columns = 3 if tiles < groups else 2  # see `column_forward_by_roles`
+    for queries in (2 * groups, groups):
+        if 2 * ROLES_TILE * (queries * Dqk + groups * Dv + columns * tiles * (Dqk + Dv)) <= _SHARED:
+            return ForwardRoles(queries, columns, groups, 160)
+    return None
 
 
 BLOCK_ROWS = 16  # queries or keys of a block of warps that work alone

@@ -208,7 +208,7 @@ def plan_backward(
                 along = backward_along(
                     chain, run, way, turn > 0, here and turn == 0, store_delta, has_dlse, tensors, scale
                 )
-                launches.append(along)
+                launches += along
                 continue
             copied = copies_tiles(chosen, chain, q, k, v, dout)
             sum_copied = copies_summary(run, chosen, chain, k, v)

@@ -9,9 +9,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+
+@gluon.jit
+def two_tiles(X, Y, x, y, full, empty, b, head, column, row, turn, PLACES: gl.constexpr):
+    """Brings a tile of X and one of Y, (B, H, L, N, D) by descriptor, into the place of this turn."""
+    at = turn % PLACES
+    mbarrier.wait(empty.index(at), (turn // PLACES & 1) ^ 1)
+    mbarrier.expect(full.index(at), 2 * X.block_shape[3] * (X.block_shape[4] + Y.block_shape[4]))
+    tma.async_copy_global_to_shared(X, [b, head, column, row, 0], full.index(at), x.index(at))
+    tma.async_copy_global_to_shared(Y, [b, head, column, row, 0], full.index(at), y.index(at))
 
 
 @gluon.jit
@@ -60,16 +71,12 @@ def scores_of(
 
 @gluon.jit
 def leave_weights(
-    s, dp, lse, delta, query, key, far, n, weights, scores, pair_full, pair_empty, scale, log2e,
+    s, dp, lse, delta, query, key, far, n, weights, scores, pair_full, pair_empty, scale,
     BT: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
-    """Weights and gradients of scores of pair n, of `scores_of`, in their place of NP.
-
-    log2e: a number that the compiler does not know, or it would multiply by it as soon as a log-sum-exp is asked for,
-    and wait for that.
-    """
+    """Weights and gradients of scores of pair n, of `scores_of`, in their place of NP. lse is in base 2."""
     s = warpgroup_mma_wait(1, deps=[s])
-    p = only_seen(gl.exp2(s * scale - (lse * log2e)[:, None]), query, key, far, BT, NEAR, R, 0.0)
+    p = only_seen(gl.exp2(s * scale - lse[:, None]), query, key, far, BT, NEAR, R, 0.0)
     mbarrier.wait(pair_empty.index(n % NP), (n // NP & 1) ^ 1)
     weights.index(n % NP).store(p.to(weights.dtype))
     dp = warpgroup_mma_wait(0, deps=[dp])

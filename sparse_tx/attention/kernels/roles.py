@@ -1,7 +1,7 @@
 """The backward pass of a window by warps with roles of their own, in Gluon for GPUs of compute capability 9.0.
 
 A program walks along the sequence as `window.window_backward` does and visits each pair of tiles, one of keys and one
-of queries, once. One warp brings tiles by the copy engine; two groups of four take turns in the weights of a pair and
+of queries, once. One warp brings tiles by the copy engine, another the gradients of another part; two groups of four take turns in the weights of a pair and
 the gradients of its scores, which they leave in shared memory in 16 bits; a fourth group makes dq, dk and dv of them,
 in registers. So the products of one pair, the exponentials of the next and the copies of later ones overlap.
 
@@ -24,9 +24,8 @@ from sparse_tx.attention.kernels.shared_memory import barriers
 
 @gluon.jit
 def _bring(
-    Q, K, V, G, DQ, DK, DV, q, k, v, g, dq_at, dk_at, dv_at,
-    q_full, q_empty, kv_full, kv_empty, old_full, old_empty, b, head, begin, own, count, S,
-    BACK: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, ADD: gl.constexpr,
+    Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, begin, count,
+    BACK: gl.constexpr, AHEAD: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[2]
     BYTES: gl.constexpr = 2 * BT * (Q.block_shape[3] + V.block_shape[3])
@@ -40,28 +39,36 @@ def _bring(
             tma.async_copy_global_to_shared(K, [b, head, row, 0], kv_full.index(at), k.index(at))
             tma.async_copy_global_to_shared(V, [b, head, row, 0], kv_full.index(at), v.index(at))
         here = i % NQ
-        first = (begin + i) * BT
+        first = (begin + AHEAD + i) * BT
         mbarrier.wait(q_empty.index(here), (i // NQ & 1) ^ 1)
         mbarrier.expect(q_full.index(here), BYTES)
         tma.async_copy_global_to_shared(Q, [b, head, first, 0], q_full.index(here), q.index(here))
         tma.async_copy_global_to_shared(G, [b, head, first, 0], q_full.index(here), g.index(here))
-        if ADD:  # to the gradients of the tile before: they are wanted last
-            before = t - 1
-            if before >= 0:
-                _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, before, S)
-    if ADD:
-        _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count - 1, S)
 
 
 @gluon.jit
-def _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, t, S):
-    BT: gl.constexpr = DQ.block_shape[2]
-    to = gl.where(begin + t >= own, (begin + t) * BT, S)
-    mbarrier.wait(old_empty.index(0), (t & 1) ^ 1)
-    mbarrier.expect(old_full.index(0), 2 * BT * (2 * DQ.block_shape[3] + DV.block_shape[3]))
-    tma.async_copy_global_to_shared(DQ, [b, head, to, 0], old_full.index(0), dq_at)
-    tma.async_copy_global_to_shared(DK, [b, head, to, 0], old_full.index(0), dk_at)
-    tma.async_copy_global_to_shared(DV, [b, head, to, 0], old_full.index(0), dv_at)
+def _rows(t, begin, own, S, BT: gl.constexpr, AHEAD: gl.constexpr):
+    """Rows of tile t of the keys and of the queries AHEAD tiles later: beyond the end if another program writes them."""
+    row = (begin + t) * BT
+    mine = begin + t >= own
+    return gl.where(mine, row, S), gl.where(mine, row + AHEAD * BT, S)
+
+
+@gluon.jit
+def _bring_old(
+    DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count, S,
+    AHEAD: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """Gradients of another part, to which these are added; by a warp of its own, or the tiles above would wait too."""
+    if ADD:
+        BT: gl.constexpr = DQ.block_shape[2]
+        for t in range(count):
+            of_keys, of_queries = _rows(t, begin, own, S, BT, AHEAD)
+            mbarrier.wait(old_empty.index(0), (t & 1) ^ 1)
+            mbarrier.expect(old_full.index(0), 2 * BT * (2 * DQ.block_shape[3] + DV.block_shape[3]))
+            tma.async_copy_global_to_shared(DQ, [b, head, of_queries, 0], old_full.index(0), dq_at)
+            tma.async_copy_global_to_shared(DK, [b, head, of_keys, 0], old_full.index(0), dk_at)
+            tma.async_copy_global_to_shared(DV, [b, head, of_keys, 0], old_full.index(0), dv_at)
 
 
 @gluon.jit
@@ -77,7 +84,7 @@ def _visit(n, PAIRS: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
 def _weights(
     WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
     q_full, kv_full, pair_full, pair_empty, begin, count, S, scale, log2e,
-    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
     """Weights and gradients of scores, (queries, keys), of every second pair."""
@@ -87,7 +94,7 @@ def _weights(
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     visit = _visit(WHICH, PAIRS, NQ, NKV)
-    lse, delta = numbers_of(LSE, DELTA, (begin + visit[1]) * BT + query, S)
+    lse, delta = numbers_of(LSE, DELTA, (begin + AHEAD + visit[1]) * BT + query, S)
     for n in range(WHICH, count * PAIRS, 2):
         far, _, of_keys, keys_phase, of_queries, queries_phase = visit
         mbarrier.wait(kv_full.index(of_keys), keys_phase)
@@ -95,10 +102,11 @@ def _weights(
         s, dp = scores_of(q, k, v, g, of_queries, of_keys, zero, BT, BDQ, BDV)
         # The next pair's numbers are on their way while this one is at work.
         visit = _visit(n + 2, PAIRS, NQ, NKV)
-        next_lse, next_delta = numbers_of(LSE, DELTA, (begin + visit[1]) * BT + query, S)
+        next_lse, next_delta = numbers_of(LSE, DELTA, (begin + AHEAD + visit[1]) * BT + query, S)
         leave_weights(
-            s, dp, lse, delta, query, key, far, n, weights, scores, pair_full, pair_empty, scale, log2e, BT, 0, R, NP
-        )
+            s, dp, lse * log2e, delta, query, key, far + AHEAD, n, weights, scores, pair_full, pair_empty, scale,
+            BT, 0, R, NP,
+        )  # fmt: skip
         lse, delta = next_lse, next_delta
 
 
@@ -107,7 +115,7 @@ def _gradients(
     DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at,
     q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
     b, head, begin, own, count, S, softmax_scale,
-    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys after the other; dq_0 to dq_BACK of the queries that see it. dq_0 is done then."""
@@ -145,7 +153,7 @@ def _gradients(
         done = warpgroup_mma_wait(0, deps=(dk, dv) + dqs)  # noqa: RUF005
         mbarrier.arrive(pair_empty.index((t * (BACK + 1) + BACK) % NP), count=1)
         mbarrier.arrive(kv_empty.index(t % NKV), count=1)
-        to = gl.where(begin + t >= own, (begin + t) * BT, S)  # a tile of another program is stored beyond the end
+        of_keys, of_queries = _rows(t, begin, own, S, BT, AHEAD)
         if ADD:
             mbarrier.wait(old_full.index(0), t & 1)
         else:
@@ -154,9 +162,9 @@ def _gradients(
         written(dk_at, done[0] * softmax_scale, ADD)
         written(dv_at, done[1], ADD)
         fence_async_shared()
-        tma.async_copy_shared_to_global(DQ, [b, head, to, 0], dq_at)
-        tma.async_copy_shared_to_global(DK, [b, head, to, 0], dk_at)
-        tma.async_copy_shared_to_global(DV, [b, head, to, 0], dv_at)
+        tma.async_copy_shared_to_global(DQ, [b, head, of_queries, 0], dq_at)
+        tma.async_copy_shared_to_global(DK, [b, head, of_keys, 0], dk_at)
+        tma.async_copy_shared_to_global(DV, [b, head, of_keys, 0], dv_at)
         sums = done[3:] + (none,)  # noqa: RUF005
     tma.store_wait(0)
 
@@ -164,18 +172,19 @@ def _gradients(
 @gluon.jit
 def window_backward_by_roles(
     Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale, log2e,
-    R: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, REGISTERS: gl.constexpr,
-    ADD: gl.constexpr,
+    R: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
+    REGISTERS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles, as `window_backward`; LSE and DELTA are pointers.
 
-    NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory at a time. REGISTERS: of a thread that makes
-    weights; the group that makes gradients has the rest. log2e: as of `leave_weights`.
+    AHEAD, BACK: a tile of keys is seen here by the queries AHEAD to AHEAD + BACK tiles later. A window that reaches
+    back farther is as many of these as it takes. NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory at a time. REGISTERS: of a thread that makes
+    weights; the group that makes gradients has the rest. log2e: a number that the compiler does not know, or it would
+    multiply by it as soon as a log-sum-exp is asked for, and wait for that.
     """
     BT: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]
     BDV: gl.constexpr = V.block_shape[3]
-    BACK: gl.constexpr = (R + BT - 1) // BT
     dtype: gl.constexpr = Q.dtype
     pair: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BT], dtype)
     q = gl.allocate_shared_memory(dtype, [NQ, 1, 1, BT, BDQ], Q.layout)
@@ -201,18 +210,20 @@ def window_backward_by_roles(
     DELTA += numbers
     own = chunk * length
     begin = gl.maximum(own - BACK, 0)
-    count = gl.minimum(own + length, (S + BT - 1) // BT) - begin
+    count = gl.minimum(own + length, (S + BT - 1) // BT - AHEAD) - begin
     gl.warp_specialize(
         [
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                          pair_full, pair_empty, old_full, old_empty, b, head, begin, own, count, S, softmax_scale,
-                          BT, BDQ, BDV, BACK, NQ, NKV, NP, ADD)),
+                          pair_full, pair_empty, old_full, old_empty, b, head, begin, own, count, S,
+                          softmax_scale, BT, BDQ, BDV, BACK, AHEAD, NQ, NKV, NP, ADD)),
             (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
+                        begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, AHEAD, NQ, NKV, NP)),
             (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, NQ, NKV, NP)),
-            (_bring, (Q, K, V, G, DQ, DK, DV, q, k, v, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                      old_full, old_empty, b, head, begin, own, count, S, BACK, NQ, NKV, ADD)),
+                        begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, AHEAD, NQ, NKV, NP)),
+            (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, begin, count,
+                      BACK, AHEAD, NQ, NKV)),
+            (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count, S,
+                          AHEAD, ADD)),
         ],
-        [4, 4, 1], [REGISTERS, REGISTERS, 24],
+        [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24],
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """The backward pass of columns of a few tiles by warps with roles, in Gluon for GPUs of compute capability 9.0.
 
-As `roles` does with a window, a program goes along columns one after the other: one warp brings tiles, two groups of
-four take turns in the weights of a pair and the gradients of its scores, a fourth group makes dq, dk and dv of them, in
-registers. Queries of a column see all its tiles up to their own, so that its pairs are a triangle of NT tiles.
+As `roles` does with a window, a program goes along columns one after the other: one warp brings tiles, two make delta,
+two groups of four take turns in the weights of a pair and the gradients of its scores, a further group makes dq, dk and
+dv of them, in registers. Queries of a column see all its tiles up to their own, so that its pairs are a triangle of NT tiles.
 
 Names: c counts the program's columns, n the pairs of a column in the order of `_pair`: of tile t of the keys and tile
 t + far of the queries. Tensors are (B, H, L, N, D) by descriptor, in blocks of (1, 1, 1, BT, D).
@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.pairs import leave_weights, numbers_of, scores_of
+from sparse_tx.attention.kernels.pairs import leave_weights, scores_of, two_tiles, written
+from sparse_tx.attention.kernels.roles_numbers import numbers
 from sparse_tx.attention.kernels.shared_memory import barriers
 from sparse_tx.attention.kernels.tiles import program
 
@@ -36,42 +37,38 @@ def _pair(n, NT: gl.constexpr):
 
 @gluon.jit
 def _visit(n, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
-    """Of pair n of all columns: far, c, the tile of its queries in their column, and as of `roles`."""
+    """Of pair n of all columns: far, and as of `roles`."""
     PAIRS: gl.constexpr = NT * (NT + 1) // 2
-    c = n // PAIRS
     t, far = _pair(n % PAIRS, NT)
-    of_keys = c * NT + t
+    of_keys = n // PAIRS * NT + t
     of_queries = of_keys + far
-    return far, c, t + far, of_keys % NKV, of_keys // NKV & 1, of_queries % NQ, of_queries // NQ & 1
-
-
-@gluon.jit
-def _tile(X, Y, x, y, full, empty, b, head, r, row, turn, PLACES: gl.constexpr):
-    at = turn % PLACES
-    mbarrier.wait(empty.index(at), (turn // PLACES & 1) ^ 1)
-    mbarrier.expect(full.index(at), 2 * X.block_shape[3] * (X.block_shape[4] + Y.block_shape[4]))
-    tma.async_copy_global_to_shared(X, [b, head, r, row, 0], full.index(at), x.index(at))
-    tma.async_copy_global_to_shared(Y, [b, head, r, row, 0], full.index(at), y.index(at))
+    return far, of_keys % NKV, of_keys // NKV & 1, of_queries % NQ, of_queries // NQ & 1
 
 
 @gluon.jit
 def _bring(
-    Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, first, count,
-    NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
+    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, first, count,
+    NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(count):
-        _tile(K, V, k, v, kv_full, kv_empty, b, head, first + c, 0, c * NT, NKV)
+        two_tiles(K, V, k, v, kv_full, kv_empty, b, head, first + c, 0, c * NT, NKV)
         for i in gl.static_range(NT):
-            _tile(Q, G, q, g, q_full, q_empty, b, head, first + c, i * BT, c * NT + i, NQ)
+            turn = c * NT + i
+            two_tiles(Q, G, q, g, q_full, q_empty, b, head, first + c, i * BT, turn, NQ)
+            mbarrier.wait(o_empty.index(turn % NO), (turn // NO & 1) ^ 1)
+            mbarrier.expect(o_full.index(turn % NO), 2 * BT * O.block_shape[4])
+            tma.async_copy_global_to_shared(
+                O, [b, head, first + c, i * BT, 0], o_full.index(turn % NO), o.index(turn % NO)
+            )
         for t in gl.static_range(1, NT):
-            _tile(K, V, k, v, kv_full, kv_empty, b, head, first + c, t * BT, c * NT + t, NKV)
+            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, first + c, t * BT, c * NT + t, NKV)
 
 
 @gluon.jit
 def _weights(
-    WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
-    q_full, kv_full, pair_full, pair_empty, first, count, L, S, scale, log2e,
+    WHICH: gl.constexpr, q, k, v, g, lse_at, delta_at, weights, scores,
+    q_full, kv_full, numbers_full, pair_full, pair_empty, count, scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
@@ -81,20 +78,17 @@ def _weights(
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
-    visit = _visit(WHICH, NT, NQ, NKV)
-    lse, delta = numbers_of(LSE, DELTA, (visit[2] * BT + query) * L + first + visit[1], S)
     for n in range(WHICH, count * PAIRS, 2):
-        far, _, _, of_keys, keys_phase, of_queries, queries_phase = visit
+        far, of_keys, keys_phase, of_queries, queries_phase = _visit(n, NT, NQ, NKV)
         mbarrier.wait(kv_full.index(of_keys), keys_phase)
         mbarrier.wait(q_full.index(of_queries), queries_phase)
         s, dp = scores_of(q, k, v, g, of_queries, of_keys, zero, BT, BDQ, BDV)
-        # The next pair's numbers are on their way while this one is at work.
-        visit = _visit(n + 2, NT, NQ, NKV)
-        next_lse, next_delta = numbers_of(LSE, DELTA, (visit[2] * BT + query) * L + first + visit[1], S)
+        mbarrier.wait(numbers_full.index(of_queries), queries_phase)
+        lse = lse_at.index(of_queries).load(gl.SliceLayout(1, layout))
+        delta = delta_at.index(of_queries).load(gl.SliceLayout(1, layout))
         leave_weights(
-            s, dp, lse, delta, query, key, far, n, weights, scores, pair_full, pair_empty, scale, log2e, BT, NEAR, R, NP
+            s, dp, lse, delta, query, key, far, n, weights, scores, pair_full, pair_empty, scale, BT, NEAR, R, NP
         )
-        lse, delta = next_lse, next_delta
 
 
 @gluon.jit
@@ -142,9 +136,9 @@ def _gradients(
             mbarrier.arrive(pair_empty.index(last % NP), count=1)
             mbarrier.arrive(kv_empty.index(of_keys % NKV), count=1)
             tma.store_wait(0)
-            dq_at.reshape([BT, BDQ]).store((done[2] * softmax_scale).to(dq_at.dtype))
-            dk_at.reshape([BT, BDQ]).store((done[0] * softmax_scale).to(dk_at.dtype))
-            dv_at.reshape([BT, BDV]).store(done[1].to(dv_at.dtype))
+            written(dq_at, done[2] * softmax_scale, False)
+            written(dk_at, done[0] * softmax_scale, False)
+            written(dv_at, done[1], False)
             fence_async_shared()
             tma.async_copy_shared_to_global(DQ, [b, head, first + c, t * BT, 0], dq_at)
             tma.async_copy_shared_to_global(DK, [b, head, first + c, t * BT, 0], dk_at)
@@ -155,48 +149,61 @@ def _gradients(
 
 @gluon.jit
 def column_backward_by_roles(
-    Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, L, scale, softmax_scale, log2e,
+    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, L, scale, softmax_scale,
     NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
-    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, REGISTERS: gl.constexpr,
+    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr,
+    STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of `length` columns of at most NT tiles, as `column_backward`; LSE and DELTA are pointers.
+    """dq, dk, dv of `length` columns of at most NT tiles, as `column_backward`, and delta for another part; LSE, DLSE
+    and DELTA are pointers.
 
-    log2e, NQ, NKV, NP, REGISTERS: as of `roles.window_backward_by_roles`; NQ is more than NT.
+    NQ, NKV, NP, REGISTERS: as of `roles.window_backward_by_roles`; NQ is more than NT. NO: tiles of the output in shared
+    memory at a time.
     """
     BT: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
     BDV: gl.constexpr = V.block_shape[4]
     dtype: gl.constexpr = Q.dtype
     pair: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BT], dtype)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q = gl.allocate_shared_memory(dtype, [NQ, 1, 1, 1, BT, BDQ], Q.layout)
     g = gl.allocate_shared_memory(dtype, [NQ, 1, 1, 1, BT, BDV], G.layout)
     k = gl.allocate_shared_memory(dtype, [NKV, 1, 1, 1, BT, BDQ], K.layout)
     v = gl.allocate_shared_memory(dtype, [NKV, 1, 1, 1, BT, BDV], V.layout)
+    o = gl.allocate_shared_memory(dtype, [NO, 1, 1, 1, BT, BDV], O.layout)
     weights = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
     scores = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
     dq_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDQ], DQ.layout)
     dk_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDQ], DK.layout)
     dv_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDV], DV.layout)
+    lse_at = gl.allocate_shared_memory(gl.float32, [NQ, BT], plain)
+    delta_at = gl.allocate_shared_memory(gl.float32, [NQ, BT], plain)
     q_full, q_empty = barriers(NQ), barriers(NQ)
     kv_full, kv_empty = barriers(NKV), barriers(NKV)
+    o_full, o_empty = barriers(NO), barriers(NO)
     pair_full, pair_empty = barriers(NP), barriers(NP)
+    numbers_full = barriers(NQ)
     fence_async_shared()
     chunk, b, h = program(chunks, heads, False)
     head = h0 + h
-    numbers = (b.to(gl.int64) * H + head) * S
-    LSE += numbers
-    DELTA += numbers
+    of_head = (b.to(gl.int64) * H + head) * S
+    LSE += of_head
+    DLSE += of_head
+    DELTA += of_head
     first = chunk * length
     count = gl.minimum(length, L - first)
     gl.warp_specialize(
         [
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
                           pair_full, pair_empty, b, head, first, count, softmax_scale, BT, BDQ, BDV, NT, NQ, NKV, NP)),
-            (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        first, count, L, S, scale, log2e, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
-            (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        first, count, L, S, scale, log2e, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
-            (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, NQ, NKV)),
+            (_weights, (0, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,
+                        pair_empty, count, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
+            (_weights, (1, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,
+                        pair_empty, count, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
+            (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
+                      b, head, first, count, NT, NQ, NKV, NO)),
+            (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
+                       first, count * NT, S, L, BT, BDV, NT - 1, NT, NQ, NO, True, STORE_DELTA, HAS_DLSE)),
         ],
-        [4, 4, 1], [REGISTERS, REGISTERS, 24],
+        [4, 4, 1, 2], [REGISTERS, REGISTERS, 40, 40],
     )  # fmt: skip

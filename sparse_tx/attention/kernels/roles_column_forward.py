@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.pairs import only_seen, softmax_step
+from sparse_tx.attention.kernels.pairs import only_seen, softmax_step, two_tiles
 from sparse_tx.attention.kernels.shared_memory import barriers
 from sparse_tx.attention.kernels.tiles import LN2, program
 
@@ -25,31 +25,26 @@ from sparse_tx.attention.kernels.tiles import LN2, program
 @gluon.jit
 def _bring(
     Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count,
-    NT: gl.constexpr, GROUPS: gl.constexpr,
+    NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(count):
-        r = first + c
         # All keys first: no queries are looked at before all keys of their column are there.
         for t in gl.static_range(NT):
-            at = c % 2 * NT + t
-            mbarrier.wait(kv_empty.index(at), (c // 2 & 1) ^ 1)
-            mbarrier.expect(kv_full.index(at), 2 * BT * (K.block_shape[4] + V.block_shape[4]))
-            tma.async_copy_global_to_shared(K, [b, head, r, t * BT, 0], kv_full.index(at), k.index(at))
-            tma.async_copy_global_to_shared(V, [b, head, r, t * BT, 0], kv_full.index(at), v.index(at))
+            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, first + c, t * BT, c * NT + t, NC * NT)
         for i in gl.static_range(NT):
             turn = c * NT + i
-            mine = turn % GROUPS
-            mbarrier.wait(q_empty.index(mine), (turn // GROUPS & 1) ^ 1)
-            mbarrier.expect(q_full.index(mine), 2 * BT * Q.block_shape[4])
-            tma.async_copy_global_to_shared(Q, [b, head, r, i * BT, 0], q_full.index(mine), q.index(mine))
+            here = turn % NQ
+            mbarrier.wait(q_empty.index(here), (turn // NQ & 1) ^ 1)
+            mbarrier.expect(q_full.index(here), 2 * BT * Q.block_shape[4])
+            tma.async_copy_global_to_shared(Q, [b, head, first + c, i * BT, 0], q_full.index(here), q.index(here))
 
 
 @gluon.jit
 def _attend(
     WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S, scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
-    GROUPS: gl.constexpr,
+    NQ: gl.constexpr, NC: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Every GROUPS-th tile of queries from tile WHICH on."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
@@ -57,7 +52,6 @@ def _attend(
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     zero = gl.zeros([BT, BT], gl.float32, layout)
-    mine = q.index(WHICH).reshape([BT, BDQ])
     out = o.index(WHICH).reshape([BT, BDV])
     for turn in range(WHICH, count * NT, GROUPS):
         c = turn // NT
@@ -66,21 +60,23 @@ def _attend(
         # Of all tiles of the column, also those that these queries do not see: a barrier tells its last phase from the
         # next alone, so a group must have seen each.
         for t in gl.static_range(NT):
-            mbarrier.wait(kv_full.index(c % 2 * NT + t), c // 2 & 1)
-        mbarrier.wait(q_full.index(WHICH), turn // GROUPS & 1)
+            mbarrier.wait(kv_full.index(c % NC * NT + t), c // NC & 1)
+        here = turn % NQ
+        mbarrier.wait(q_full.index(here), turn // NQ & 1)
+        queries = q.index(here).reshape([BT, BDQ])
         # Lower than any score: a row without a key keeps it, and inf - inf never arises.
         top = gl.full([BT], -1e38, gl.float32, gl.SliceLayout(1, layout))
         total = gl.zeros([BT], gl.float32, gl.SliceLayout(1, layout))
         acc = gl.zeros([BT, BDV], gl.float32, wide)
         for far in range(i + 1):
-            at = c % 2 * NT + i - far
+            at = c % NC * NT + i - far
             keys = k.index(at).reshape([BT, BDQ]).permute([1, 0])
-            s = warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
+            s = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             s = only_seen(s, query, key, far, BT, NEAR, R, float("-inf"))
             acc, top, total = softmax_step(s, v.index(at).reshape([BT, BDV]), acc, top, total, scale)
             mbarrier.arrive(kv_empty.index(at), count=1)
-        mbarrier.arrive(q_empty.index(WHICH), count=1)
+        mbarrier.arrive(q_empty.index(here), count=1)
         empty = total == 0.0
         some = gl.where(empty, 1.0, total)
         gl.store(LSE + rows, gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2), mask=rows < S)
@@ -94,20 +90,24 @@ def _attend(
 @gluon.jit
 def column_forward_by_roles(
     Q, K, V, O, LSE, S, H, h0, heads, chunks, length, L, scale,
-    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr, GROUPS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `column_forward`. GROUPS: two or three, at most NT, so that each has a tile of every column."""
+    """As `column_forward`. NQ, NC: tiles of queries, and columns of keys, in shared memory at a time. GROUPS: two or
+    three; NQ is a multiple of it, and NC if a group has no tile of some columns: a barrier tells its last phase from the
+    next alone.
+    """
     BT: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
     BDV: gl.constexpr = V.block_shape[4]
-    q = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, 1, BT, BDQ], Q.layout)
+    q = gl.allocate_shared_memory(Q.dtype, [NQ, 1, 1, 1, BT, BDQ], Q.layout)
     o = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, 1, BT, BDV], O.layout)
-    k = gl.allocate_shared_memory(Q.dtype, [2 * NT, 1, 1, 1, BT, BDQ], K.layout)
-    v = gl.allocate_shared_memory(Q.dtype, [2 * NT, 1, 1, 1, BT, BDV], V.layout)
-    q_full, q_empty = barriers(GROUPS), barriers(GROUPS)
-    kv_full = barriers(2 * NT)
-    kv_empty = gl.allocate_shared_memory(gl.int64, [2 * NT, 1], mbarrier.MBarrierLayout())
-    for at in gl.static_range(2 * NT):
+    k = gl.allocate_shared_memory(Q.dtype, [NC * NT, 1, 1, 1, BT, BDQ], K.layout)
+    v = gl.allocate_shared_memory(Q.dtype, [NC * NT, 1, 1, 1, BT, BDV], V.layout)
+    q_full, q_empty = barriers(NQ), barriers(NQ)
+    kv_full = barriers(NC * NT)
+    kv_empty = gl.allocate_shared_memory(gl.int64, [NC * NT, 1], mbarrier.MBarrierLayout())
+    for at in gl.static_range(NC * NT):
         mbarrier.init(kv_empty.index(at), count=NT - at % NT)  # the tiles of queries that see it
     fence_async_shared()
     chunk, b, h = program(chunks, heads, False)
@@ -119,10 +119,10 @@ def column_forward_by_roles(
         gl.warp_specialize(
             [
                 (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
+                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
                 (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
-                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, GROUPS)),
+                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, NQ, NC)),
             ],
             [4, 1], [REGISTERS, 24],
         )  # fmt: skip
@@ -130,12 +130,12 @@ def column_forward_by_roles(
         gl.warp_specialize(
             [
                 (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
+                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
                 (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
+                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
                 (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, GROUPS)),
-                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, GROUPS)),
+                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, NQ, NC)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip

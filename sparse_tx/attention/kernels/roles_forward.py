@@ -1,7 +1,8 @@
 """The forward pass of a window by warps with roles of their own, in Gluon for GPUs of compute capability 9.0.
 
-A program walks along the sequence. One warp brings tiles by the copy engine, each tile of keys once; groups of four
-warps take turns in tiles of queries, so that the products of one overlap the softmax of another.
+A program walks along the sequence. One warp brings tiles by the copy engine, each tile of keys once, another the output
+of another part; groups of four warps take turns in tiles of queries, so that the products of one overlap the softmax of
+another.
 
 Names: i counts the program's tiles of queries, from `own` on, t its tiles of keys, from BACK tiles before; far = i - t.
 """
@@ -23,22 +24,17 @@ from sparse_tx.attention.kernels.tiles import LN2, LOG2E
 
 @gluon.jit
 def _bring(
-    Q, K, V, O, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own, count,
-    BACK: gl.constexpr, NKV: gl.constexpr, GROUPS: gl.constexpr, MERGE: gl.constexpr,
+    Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, own, count,
+    BACK: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[2]
     for t in range(count + BACK):
         i = t - BACK
         if i >= 0:
-            mine = i % GROUPS
-            row = (own + i) * BT
-            mbarrier.wait(q_empty.index(mine), (i // GROUPS & 1) ^ 1)
-            mbarrier.expect(q_full.index(mine), 2 * BT * Q.block_shape[3])
-            tma.async_copy_global_to_shared(Q, [b, head, row, 0], q_full.index(mine), q.index(mine))
-            if MERGE:
-                mbarrier.wait(o_empty.index(mine), (i // GROUPS & 1) ^ 1)
-                mbarrier.expect(o_full.index(mine), 2 * BT * O.block_shape[3])
-                tma.async_copy_global_to_shared(O, [b, head, row, 0], o_full.index(mine), o.index(mine))
+            here = i % NQ
+            mbarrier.wait(q_empty.index(here), (i // NQ & 1) ^ 1)
+            mbarrier.expect(q_full.index(here), 2 * BT * Q.block_shape[3])
+            tma.async_copy_global_to_shared(Q, [b, head, (own + i) * BT, 0], q_full.index(here), q.index(here))
         at = t % NKV
         start = (own - BACK + t) * BT
         mbarrier.wait(kv_empty.index(at), (t // NKV & 1) ^ 1)
@@ -48,11 +44,23 @@ def _bring(
 
 
 @gluon.jit
+def _bring_old(O, o, o_full, o_empty, b, head, own, count, GROUPS: gl.constexpr, MERGE: gl.constexpr):
+    """The output of another part, by a warp of its own, or the tiles above would wait too."""
+    if MERGE:
+        BT: gl.constexpr = O.block_shape[2]
+        for i in range(count):
+            mine = i % GROUPS
+            mbarrier.wait(o_empty.index(mine), (i // GROUPS & 1) ^ 1)
+            mbarrier.expect(o_full.index(mine), 2 * BT * O.block_shape[3])
+            tma.async_copy_global_to_shared(O, [b, head, (own + i) * BT, 0], o_full.index(mine), o.index(mine))
+
+
+@gluon.jit
 def _attend(
     WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own, count,
     S, scale,
-    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr, NKV: gl.constexpr,
-    GROUPS: gl.constexpr, MERGE: gl.constexpr,
+    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr, NQ: gl.constexpr,
+    NKV: gl.constexpr, GROUPS: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """Every GROUPS-th tile of queries from tile WHICH on."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
@@ -64,66 +72,77 @@ def _attend(
         # The tiles before the program's own have fewer queries here: the others count as done.
         for early in gl.static_range(BACK):
             mbarrier.arrive(kv_empty.index(early), count=BACK - early)
-    mine = q.index(WHICH).reshape([BT, BDQ])
     out = o.index(WHICH).reshape([BT, BDV])
     for i in range(WHICH, count, GROUPS):
         row = (own + i) * BT
         rows = row + query
         valid = rows < S
         if MERGE:
-            top = gl.load(LSE + rows, mask=valid, other=float("-inf")) * LOG2E
-        mbarrier.wait(q_full.index(WHICH), i // GROUPS & 1)
-        if MERGE:
-            total = gl.where(top == float("-inf"), 0.0, 1.0)
-            mbarrier.wait(o_full.index(WHICH), i // GROUPS & 1)
-            acc = out.load(wide).to(gl.float32)
-        else:
-            top = gl.full([BT], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-            total = gl.zeros([BT], gl.float32, gl.SliceLayout(1, layout))
-            acc = gl.zeros([BT, BDV], gl.float32, wide)
+            old = gl.load(LSE + rows, mask=valid, other=float("-inf"))
+        top = gl.full([BT], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+        total = gl.zeros([BT], gl.float32, gl.SliceLayout(1, layout))
+        acc = gl.zeros([BT, BDV], gl.float32, wide)
+        here = i % NQ
+        mbarrier.wait(q_full.index(here), i // NQ & 1)
+        queries = q.index(here).reshape([BT, BDQ])
         # A query sees itself, in the first tile visited: from there on the maximum is finite. Not unrolled: each group
         # has instructions of its own, and together they must not miss the caches.
         for far in range(BACK + 1):
             t = i + BACK - far
             mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
             keys = k.index(t % NKV).reshape([BT, BDQ]).permute([1, 0])
-            s = warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
+            s = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             s = only_seen(s, query, key, far, BT, 0, R, float("-inf"))
             if row < far * BT:  # there are keys before the sequence begins
                 s = gl.where((key >= far * BT - row)[None, :], s, float("-inf"))
             acc, top, total = softmax_step(s, v.index(t % NKV).reshape([BT, BDV]), acc, top, total, scale)
             mbarrier.arrive(kv_empty.index(t % NKV), count=1)
-        mbarrier.arrive(q_empty.index(WHICH), count=1)
-        gl.store(LSE + rows, (top + gl.log2(total)) * LN2, mask=valid)
-        if not MERGE:
+            if MERGE:
+                if far == 0:  # the output of the tile before is on its way: that of another part may take its place
+                    tma.store_wait(0)
+                    if i >= GROUPS:
+                        mbarrier.arrive(o_empty.index(WHICH), count=1)
+        mbarrier.arrive(q_empty.index(here), count=1)
+        if MERGE:  # last, when it has long been there
+            old *= LOG2E
+            new = gl.maximum(top, old)
+            alpha = gl.exp2(top - new)
+            beta = gl.exp2(old - new)
+            total = total * alpha + beta
+            top = new
+            mbarrier.wait(o_full.index(WHICH), i // GROUPS & 1)
+            rows_of: gl.constexpr = gl.SliceLayout(1, wide)
+            acc *= gl.convert_layout(alpha, rows_of)[:, None]
+            acc += out.load(wide).to(gl.float32) * gl.convert_layout(beta, rows_of)[:, None]
+        else:
             tma.store_wait(0)
+        gl.store(LSE + rows, (top + gl.log2(total)) * LN2, mask=valid)
         out.store((acc / gl.convert_layout(total, gl.SliceLayout(1, wide))[:, None]).to(q.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(O, [b, head, row, 0], o.index(WHICH))
-        if MERGE:
-            tma.store_wait(0)
-            mbarrier.arrive(o_empty.index(WHICH), count=1)
     tma.store_wait(0)
 
 
 @gluon.jit
 def window_forward_by_roles(
     Q, K, V, O, LSE, S, H, h0, heads, chunks, length, scale,
-    R: gl.constexpr, NKV: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr, MERGE: gl.constexpr,
+    R: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
+    MERGE: gl.constexpr,
 ):  # fmt: skip
-    """As `window_forward`. NKV: tiles of keys in shared memory at a time. GROUPS: at most BACK + 1, so that each sees
-    every tile of keys.
+    """As `window_forward`. NQ, NKV: tiles of queries and of keys in shared memory at a time. GROUPS: NQ is a multiple of
+    it, and NKV if a group does not see every tile of keys, of which are BACK + 1 or more: a barrier tells its last phase
+    from the next alone.
     """
     BT: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]
     BDV: gl.constexpr = V.block_shape[3]
     BACK: gl.constexpr = (R + BT - 1) // BT
-    q = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, BT, BDQ], Q.layout)
+    q = gl.allocate_shared_memory(Q.dtype, [NQ, 1, 1, BT, BDQ], Q.layout)
     o = gl.allocate_shared_memory(Q.dtype, [GROUPS, 1, 1, BT, BDV], O.layout)
     k = gl.allocate_shared_memory(Q.dtype, [NKV, 1, 1, BT, BDQ], K.layout)
     v = gl.allocate_shared_memory(Q.dtype, [NKV, 1, 1, BT, BDV], V.layout)
-    q_full, q_empty = barriers(GROUPS), barriers(GROUPS)
+    q_full, q_empty = barriers(NQ), barriers(NQ)
     o_full, o_empty = barriers(GROUPS), barriers(GROUPS)
     kv_full = barriers(NKV)
     kv_empty = gl.allocate_shared_memory(gl.int64, [NKV, 1], mbarrier.MBarrierLayout())
@@ -141,25 +160,25 @@ def window_forward_by_roles(
         gl.warp_specialize(
             [
                 (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
-                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, GROUPS, MERGE)),
                 (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
-                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
-                (_bring, (Q, K, V, O, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
-                          count, BACK, NKV, GROUPS, MERGE)),
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, GROUPS, MERGE)),
+                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, own, count, BACK, NQ, NKV)),
+                (_bring_old, (O, o, o_full, o_empty, b, head, own, count, GROUPS, MERGE)),
             ],
-            [4, 1], [REGISTERS, 24],
+            [4, 1, 1], [REGISTERS, 24, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
-                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, GROUPS, MERGE)),
                 (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
-                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, GROUPS, MERGE)),
                 (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
-                           count, S, scale, BT, BDQ, BDV, R, BACK, NKV, GROUPS, MERGE)),
-                (_bring, (Q, K, V, O, q, k, v, o, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, own,
-                          count, BACK, NKV, GROUPS, MERGE)),
+                           count, S, scale, BT, BDQ, BDV, R, BACK, NQ, NKV, GROUPS, MERGE)),
+                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, own, count, BACK, NQ, NKV)),
+                (_bring_old, (O, o, o_full, o_empty, b, head, own, count, GROUPS, MERGE)),
             ],
-            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+            [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24],
         )  # fmt: skip

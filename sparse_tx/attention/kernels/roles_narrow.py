@@ -22,21 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.pairs import written
+from sparse_tx.attention.kernels.pairs import two_tiles, written
+from sparse_tx.attention.kernels.roles_numbers import numbers, place
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LOG2E, pair_is_masked, pair_seen, program
-
-
-@gluon.jit
-def _place(m, first, BT: gl.constexpr, NT: gl.constexpr):
-    """Column and row of a tile; `first`: the program's first tile of a window (NT = 0), or its first column."""
-    if NT == 0:
-        column = 0
-        row = (first + m) * BT
-    else:
-        column = first + m // NT
-        row = m % NT * BT
-    return column, row
+from sparse_tx.attention.kernels.tiles import pair_is_masked, pair_seen, program
 
 
 @gluon.jit
@@ -51,112 +40,48 @@ def _pair(m, far, BACK: gl.constexpr, NT: gl.constexpr):
 
 
 @gluon.jit
-def _two_tiles(X, Y, x, y, full, empty, b, head, column, row, turn, PLACES: gl.constexpr):
-    at = turn % PLACES
-    mbarrier.wait(empty.index(at), (turn // PLACES & 1) ^ 1)
-    mbarrier.expect(full.index(at), 2 * X.block_shape[3] * (X.block_shape[4] + Y.block_shape[4]))
-    tma.async_copy_global_to_shared(X, [b, head, column, row, 0], full.index(at), x.index(at))
-    tma.async_copy_global_to_shared(Y, [b, head, column, row, 0], full.index(at), y.index(at))
-
-
-@gluon.jit
-def _bring_old(
-    DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, m,
-    BT: gl.constexpr, GROUPS: gl.constexpr,
-):  # fmt: skip
-    """Gradients of another part, to which those of tile m of a window are added: of a program's own tiles."""
-    group = m % GROUPS
-    row = gl.where(first + m >= own, (first + m) * BT, N)
-    mbarrier.wait(old_empty.index(group), (m // GROUPS & 1) ^ 1)
-    mbarrier.expect(old_full.index(group), 2 * BT * (DK.block_shape[4] + DV.block_shape[4]))
-    tma.async_copy_global_to_shared(DK, [b, head, 0, row, 0], old_full.index(group), dk_at.index(group))
-    tma.async_copy_global_to_shared(DV, [b, head, 0, row, 0], old_full.index(group), dv_at.index(group))
-    mbarrier.wait(old_empty.index(GROUPS), (m & 1) ^ 1)
-    mbarrier.expect(old_full.index(GROUPS), 2 * BT * DQ.block_shape[4])
-    tma.async_copy_global_to_shared(DQ, [b, head, 0, row, 0], old_full.index(GROUPS), dq_at)
-
-
-@gluon.jit
 def _bring(
-    Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at,
-    q_full, q_empty, kv_full, kv_empty, o_full, o_empty, old_full, old_empty, b, head, first, own, count, N,
+    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, first, count,
     BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
-    GROUPS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr,
+    DELTA_HERE: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     tiles = count + (BACK if NT == 0 else 0)
     for i in range(count + BACK):
         m = i - BACK
         if m >= 0:
-            column, row = _place(m, first, BT, NT)
-            _two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, row, m, NKV)
+            column, row = place(m, first, BT, NT)
+            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, row, m, NKV)
         if i < tiles:
-            column, row = _place(i, first, BT, NT)
-            _two_tiles(Q, G, q, g, q_full, q_empty, b, head, column, row, i, NQ)
+            column, row = place(i, first, BT, NT)
+            two_tiles(Q, G, q, g, q_full, q_empty, b, head, column, row, i, NQ)
             if DELTA_HERE:
                 at = i % NO
                 mbarrier.wait(o_empty.index(at), (i // NO & 1) ^ 1)
                 mbarrier.expect(o_full.index(at), 2 * BT * O.block_shape[4])
                 tma.async_copy_global_to_shared(O, [b, head, column, row, 0], o_full.index(at), o.index(at))
-        if ADD:  # to the gradients of the tile before: they are wanted last
-            before = m - 1
-            if before >= 0:
-                _bring_old(
-                    DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, before, BT, GROUPS
-                )
-    if ADD:
-        _bring_old(DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, N, count - 1, BT, GROUPS)
 
 
 @gluon.jit
-def _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE: gl.constexpr):
-    """Log-sum-exp of a tile of queries, and delta unless it is made here; zero beyond the sequence."""
-    rows = (row + local) * L + column
-    lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
-    if DELTA_HERE:
-        delta = lse
-    else:
-        delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
-    return lse, delta
-
-
-@gluon.jit
-def _numbers(
-    LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full, first, count, S, L,
-    BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NO: gl.constexpr,
-    DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
+def _bring_old(
+    DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, count, N,
+    GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp in base 2 and delta of each tile of queries; those of the next are on their way."""
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
-    block: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [2, 1], [1, 0])
-    local = gl.arange(0, BT, flat)
-    of_block = gl.arange(0, BT, gl.SliceLayout(1, block))
-    tiles = count + (BACK if NT == 0 else 0)
-    column, row = _place(0, first, BT, NT)
-    lse, delta = _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE)
-    for i in range(tiles):
-        at = i % NQ
-        column, row = _place(i + 1, first, BT, NT)
-        next_lse, next_delta = _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE)
-        column, row = _place(i, first, BT, NT)
-        mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
-        lse_at.index(at).store(lse * LOG2E)
-        if DELTA_HERE:
-            rows = (row + of_block) * L + column
-            mbarrier.wait(q_full.index(at), i // NQ & 1)
-            mbarrier.wait(o_full.index(i % NO), i // NO & 1)
-            grads = g.index(at).reshape([BT, BDV]).load(block)
-            made = gl.sum(o.index(i % NO).reshape([BT, BDV]).load(block).to(gl.float32) * grads.to(gl.float32), 1)
-            mbarrier.arrive(o_empty.index(i % NO), count=1)
-            if HAS_DLSE:
-                made -= gl.load(DLSE + rows, mask=rows < S, other=0.0)
-            if STORE_DELTA:
-                gl.store(DELTA + rows, made, mask=rows < S)
-            delta_at.index(at).store(made)
-        else:
-            delta_at.index(at).store(delta)
-        lse, delta = next_lse, next_delta
-        mbarrier.arrive(numbers_full.index(at), count=1)
+    """Gradients of another part, to which those of a window are added; by a warp of its own, or the tiles above would
+    wait too.
+    """
+    if ADD:
+        BT: gl.constexpr = DQ.block_shape[3]
+        for m in range(count):
+            group = m % GROUPS
+            row = gl.where(first + m >= own, (first + m) * BT, N)  # of a program's own tiles
+            mbarrier.wait(old_empty.index(group), (m // GROUPS & 1) ^ 1)
+            mbarrier.expect(old_full.index(group), 2 * BT * (DK.block_shape[4] + DV.block_shape[4]))
+            tma.async_copy_global_to_shared(DK, [b, head, 0, row, 0], old_full.index(group), dk_at.index(group))
+            tma.async_copy_global_to_shared(DV, [b, head, 0, row, 0], old_full.index(group), dv_at.index(group))
+            mbarrier.wait(old_empty.index(GROUPS), (m & 1) ^ 1)
+            mbarrier.expect(old_full.index(GROUPS), 2 * BT * DQ.block_shape[4])
+            tma.async_copy_global_to_shared(DQ, [b, head, 0, row, 0], old_full.index(GROUPS), dq_at)
 
 
 @gluon.jit
@@ -242,7 +167,7 @@ def _keys(
             written(dk_at.index(WHICH), dk * softmax_scale, ADD)
             written(dv_at.index(WHICH), dv, ADD)
             fence_async_shared()
-            column, row = _place(m, first, BT, NT)
+            column, row = place(m, first, BT, NT)
             if NT == 0:
                 row = gl.where(first + m >= own, row, N)  # a tile of another program is stored beyond the end
             tma.async_copy_shared_to_global(DK, [b, head, column, row, 0], dk_at.index(WHICH))
@@ -291,7 +216,7 @@ def _queries(
             tma.store_wait(0)
         written(dq_at, dq * softmax_scale, ADD)
         fence_async_shared()
-        column, row = _place(i, first, BT, NT)
+        column, row = place(i, first, BT, NT)
         if NT == 0:
             row = gl.where(first + i >= own, row, N)
         tma.async_copy_shared_to_global(DQ, [b, head, column, row, 0], dq_at)
@@ -364,11 +289,12 @@ def narrow_backward_by_roles(
             (_keys, (1, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
                      numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N, scale,
                      softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
-            (_bring, (Q, K, V, O, G, DQ, DK, DV, q, k, v, o, g, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                      o_full, o_empty, old_full, old_empty, b, head, first, own, count, N, BACK, NT, NQ, NKV, NO,
-                      GROUPS, ADD, DELTA_HERE)),
-            (_numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-                        first, count, S, L, BT, BDV, BACK, NT, NQ, NO, DELTA_HERE, STORE_DELTA, HAS_DLSE)),
+            (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
+                      b, head, first, count, BACK, NT, NQ, NKV, NO, DELTA_HERE)),
+            (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, count, N,
+                          GROUPS, ADD)),
+            (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
+                       first, count, S, L, BT, BDV, BACK, NT, NQ, NO, DELTA_HERE, STORE_DELTA, HAS_DLSE)),
         ],
-        [4, 4, 1, 2], [REGISTERS, REGISTERS, 40, 40],
+        [4, 4, 1, 1, 2], [REGISTERS, REGISTERS, 40, 40, 40],
     )  # fmt: skip

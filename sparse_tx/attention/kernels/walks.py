@@ -79,20 +79,22 @@ def makes_delta(way: Way | None, chain: Chain, alone: bool, single: bool) -> boo
     it needs it. single: whether a tile of its own holds a whole group or column.
     """
     if isinstance(way, Roles):
-        return False
+        return chain.strided
     return single or (alone and chain.part == "window") or (way is not None and chain.strided)
 
 
 def backward_along(
     chain: Chain, run: Run, way: Way, add: bool, delta_here: bool, store_delta: bool, has_dlse: bool,
     tensors: Sequence[Operand], scale: float,
-) -> Launch:  # fmt: skip
-    """way: of `way_backward`. delta_here: whether this pass makes delta, which roles do for narrow heads alone."""
+) -> list[Launch]:  # fmt: skip
+    """way: of `way_backward`. delta_here: whether this pass makes delta."""
     if isinstance(way, Roles):
-        return _backward_by_roles(chain, run, way, add, tensors, scale)
+        if chain.strided:
+            return [_column_by_roles(chain, run, way, store_delta, has_dlse, tensors, scale)]
+        return _window_by_roles(chain, run, way, add, tensors, scale)
     if isinstance(way, NarrowRoles):
-        return _narrow_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
-    return _walk_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)
+        return [_narrow_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)]
+    return [_walk_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)]
 
 
 def _can_copy(chain: Chain, tensors: Sequence[Operand]) -> bool:
@@ -187,16 +189,16 @@ def _walk_forward(
 
 
 def _along(
-    chain: Chain, run: Run, q: Operand, rows: int, halo: int, heads: int = 1, programs: int = 1
+    chain: Chain, run: Run, q: Operand, rows: int, halo: int, heads: int = 1, programs: int = 1, ahead: int = 0
 ) -> tuple[int, tuple[int, ...], dict[str, object]]:
     """Programs, numbers and constants of a launch that goes along tiles of so many rows, or along whole columns.
 
     halo: what a program costs beyond its tiles of a window; beyond its columns it is one. heads: of a program,
-    neighbours. programs: side by side on a multiprocessor.
+    neighbours. programs: side by side on a multiprocessor. ahead: tiles at the end of a window that are not gone along.
     """
     B, S, H, _ = q.shape
     groups = run.heads // heads
-    tiles, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // rows), halo)
+    tiles, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // rows) - ahead, halo)
     length, chunks = _chunks(tiles, B * groups, halo, programs * multiprocessors(q.device.index))
     numbers = S, H, run.head, groups, chunks, length
     if chain.strided:
@@ -211,29 +213,49 @@ def _forward_by_roles(
     # Half of the keys before a program's own, and some two tiles to begin and to end.
     halo = -(-chain.R // ROLES_TILE) // 2 + 2
     programs, numbers, constants = _along(chain, run, tensors[0], ROLES_TILE, halo)
-    if not chain.strided:  # a column is the first pass of its heads: it never merges
+    if chain.strided:  # the first pass of its heads: it never merges
+        constants["NC"] = chosen.keys
+    else:
         constants |= {"NKV": chosen.keys, "MERGE": merge}
     described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in tensors[:4]]
     return Launch(
         column_forward_by_roles if chain.strided else window_forward_by_roles, programs,
         *described, tensors[4], *numbers, scale * LOG2E.value,
-        **constants, GROUPS=chosen.groups, REGISTERS=chosen.registers, num_warps=4,
+        **constants, NQ=chosen.queries, GROUPS=chosen.groups, REGISTERS=chosen.registers, num_warps=4,
     )  # fmt: skip
 
 
-def _backward_by_roles(
+def _window_by_roles(
     chain: Chain, run: Run, chosen: Roles, add: bool, tensors: Sequence[Operand], scale: float
-) -> Launch:
+) -> list[Launch]:
+    """As many passes as it takes, each over keys farther back than those of the one before."""
     q, k, v, _, lse, dout, _, delta, *gradients = tensors
-    # The tiles that a walk begins with, and some two to begin and to end.
-    programs, numbers, constants = _along(chain, run, q, ROLES_TILE, -(-chain.R // ROLES_TILE) + 2)
-    if not chain.strided:  # a column is the first pass of its heads: it never adds
-        constants["ADD"] = add
     by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
+    tiles = -(-chain.R // ROLES_TILE) + 1
+    launches = []
+    for ahead in range(0, tiles, chosen.back + 1):
+        back = min(chosen.back, tiles - ahead - 1)
+        # The tiles that a walk begins with, and some two to begin and to end.
+        programs, numbers, constants = _along(chain, run, q, ROLES_TILE, back + 2, ahead=ahead)
+        launch = Launch(
+            window_backward_by_roles, programs,
+            *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale, LOG2E.value,
+            **constants, BACK=back, AHEAD=ahead, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs,
+            REGISTERS=chosen.registers, ADD=add or ahead > 0, num_warps=4,
+        )  # fmt: skip
+        launches.append(launch)
+    return launches
+
+
+def _column_by_roles(
+    chain: Chain, run: Run, chosen: Roles, store_delta: bool, has_dlse: bool, tensors: Sequence[Operand], scale: float
+) -> Launch:
+    programs, numbers, constants = _along(chain, run, tensors[0], ROLES_TILE, 0)
+    described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) if len(t.shape) == 4 else t for t in tensors]
     return Launch(
-        column_backward_by_roles if chain.strided else window_backward_by_roles, programs,
-        *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale, LOG2E.value,
-        **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, REGISTERS=chosen.registers, num_warps=4,
+        column_backward_by_roles, programs, *described, *numbers, scale * LOG2E.value, scale,
+        **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, NO=chosen.outputs,
+        REGISTERS=chosen.registers, STORE_DELTA=store_delta, HAS_DLSE=has_dlse, num_warps=4,
     )  # fmt: skip
 
 
@@ -252,7 +274,7 @@ def _narrow_backward(
     return Launch(
         narrow_backward_by_roles, programs,
         *described, S, H, h0, heads, chunks, length, S // L, L, scale * LOG2E.value, scale,
-        **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, NO=chosen.outputs,
+        **constants, NQ=chosen.tiles, NKV=chosen.tiles, NP=chosen.pairs, NO=chosen.outputs,
         REGISTERS=chosen.registers, ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse,
         num_warps=4,
     )  # fmt: skip
