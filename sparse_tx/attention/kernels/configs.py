@@ -58,9 +58,10 @@ class ForwardRoles(NamedTuple):
 class Warps(NamedTuple):
     """Of a forward kernel whose warps work alone."""
 
-    warps: int  # of a program, each with a head
+    heads: int  # of a program
     programs: int  # on a multiprocessor, over which all is spread
-    early: int = 1  # blocks that are brought before their step, of a window: one or more
+    blocks: int = 1  # of 16 queries of each head, of a window, each with a warp
+    early: int = 1  # blocks of queries whose keys are brought before their step, of a window: one or more
 
 
 COMPACT = "fixed", "summary"  # parts with keys of a compact list
@@ -147,8 +148,9 @@ def _pass(back: int, Dqk: int, Dv: int, outputs: int = 0) -> Roles | None:
     # With one tile each of gradients on their way out.
     rest = 2 * ROLES_TILE * (2 * Dqk + Dv) + outputs * 2 * ROLES_TILE * Dv
     # Weights are up to a tile of keys ahead of the gradients: of two such tiles the next would come when it is wanted.
+    many = (back + 3, 4, 4), (back + 3, 3, 4), (back + 2, 4, 4), (back + 2, 4, 3)
     few = (back + 2, 2, 3), (back + 2, 2, 2), (back + 1, 2, 2)
-    for queries, keys, pairs in ((back + 2, 4, 4), (back + 2, 4, 3), (back + 2, 3, 3), (back + 1, 3, 3), *few):
+    for queries, keys, pairs in (*many, (back + 2, 3, 3), (back + 1, 3, 3), *few):
         numbers = queries * 8 * ROLES_TILE if outputs else 0
         if (queries + keys) * tile + pairs * pair + rest + numbers <= _SHARED:
             return Roles(queries, keys, pairs, registers, back, outputs)
@@ -213,8 +215,8 @@ def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 64 or max(Dqk, Dv) > 128:
         return None
     groups = 3
-    keys = 6 if back == 1 else back + groups  # see `window_forward_by_roles`
-    for queries in (2 * groups, groups):
+    least = 6 if back == 1 else back + groups  # see `window_forward_by_roles`
+    for queries, keys in ((2 * groups, max(least, back + 5)), (2 * groups, least), (groups, least)):
         if 2 * ROLES_TILE * (queries * Dqk + groups * Dv + keys * (Dqk + Dv)) <= _SHARED:
             return ForwardRoles(queries, keys, groups, 160)
     return None
@@ -253,19 +255,19 @@ def warps(chain: Chain, heads: int, Dqk: int, Dv: int) -> Warps | None:
     """
     chosen = WARPS.get(("forward", chain.part, Dqk, Dv))
     entries = chain.N if chain.strided else chain.R
-    if chosen is None or heads % chosen.warps or entries > _MOST_BLOCKS * BLOCK_ROWS:
+    if chosen is None or heads % chosen.heads or entries > _MOST_BLOCKS * BLOCK_ROWS:
         return None
-    shared = chosen.warps * _of_a_warp(chain, Dqk, Dv, chosen.early)
+    shared = chosen.heads * _of_a_head(chain, Dqk, Dv, chosen)
     return chosen if chosen.programs * (shared + 1024) <= _MULTIPROCESSOR else None  # fewer were not measured
 
 
-def _of_a_warp(chain: Chain, Dqk: int, Dv: int, early: int) -> int:
+def _of_a_head(chain: Chain, Dqk: int, Dv: int, chosen: Warps) -> int:
     """Bytes of shared memory: blocks of tensors Dqk and Dv wide, of two bytes."""
     both = 2 * BLOCK_ROWS * (Dqk + Dv)
     if chain.strided:
         return -(-chain.N // BLOCK_ROWS) * 2 * both
-    ring = -(-chain.R // BLOCK_ROWS) + 1 + early
-    return ring * both + 2 * BLOCK_ROWS * (2 * Dqk + 3 * Dv)
+    ring = -(-chain.R // BLOCK_ROWS) + chosen.blocks * (1 + chosen.early)
+    return ring * both + chosen.blocks * 2 * BLOCK_ROWS * (2 * Dqk + 3 * Dv)
 
 
 def walk(kernel: str, part: str, Dqk: int, Dv: int) -> Walk | None:

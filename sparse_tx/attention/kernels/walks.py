@@ -309,11 +309,18 @@ def _walk_backward(
 def _forward_by_warps(
     chain: Chain, run: Run, chosen: Warps, merge: bool, tensors: Sequence[Operand], scale: float
 ) -> Launch:
-    programs, numbers, constants = _along(chain, run, tensors[0], BLOCK_ROWS, 2, chosen.warps, chosen.programs)
+    rows = BLOCK_ROWS * chosen.blocks
+    programs, numbers, constants = _along(chain, run, tensors[0], rows, 2, chosen.heads, chosen.programs)
+    scales = (scale * LOG2E.value,)
     if not chain.strided:  # as by roles
-        constants |= {"RING": -(-chain.R // BLOCK_ROWS) + 1 + chosen.early, "MERGE": merge}
-    described = [heads_descriptor(t, chain, chosen.warps) for t in tensors[:4]]
+        ring = -(-chain.R // BLOCK_ROWS) + chosen.blocks * (1 + chosen.early)
+        constants |= {"RING": ring, "MERGE": merge}
+        scales = (scale * LOG2E.value, LOG2E.value)
+    described = [
+        heads_descriptor(t, chain, chosen.heads, n)
+        for t, n in zip(tensors, (rows, BLOCK_ROWS, BLOCK_ROWS, rows), strict=False)
+    ]
     return Launch(
         column_forward_by_warps if chain.strided else window_forward_by_warps, programs,
-        *described, tensors[4], *numbers, scale * LOG2E.value, **constants, num_warps=chosen.warps,
+        *described, tensors[4], *numbers, *scales, **constants, num_warps=chosen.heads * chosen.blocks,
     )  # fmt: skip
