@@ -38,8 +38,8 @@ LAUNCHED = {
 def candidates(kernel: str) -> list[Walk | Config | Warps]:
     """What is worth trying, by kernel."""
     if kernel.endswith("by_warps"):
-        shared = itertools.product((1, 2, 4), (1, 2)) if kernel.startswith("window") else ((1, 1),)
-        return [Warps(*c, *d) for d in shared for c in itertools.product((1, 2, 4, 8), (1, 2, 3, 4, 6, 8))]
+        early = (1, 2, 3) if kernel.startswith("window") else (1,)
+        return [Warps(*c) for c in itertools.product((1, 2, 4, 8), (1, 2, 3, 4, 6, 8), early)]
     if kernel.startswith(("window", "column")):
         shapes = [(64, 4, (None, 168)), (64, 8, (None, 128))]
         if kernel.startswith("column"):

@@ -51,16 +51,16 @@ def rows_descriptor(t: Operand, chain: Chain, rows: int) -> Described:
     return descriptor(t, chain._replace(strided=True), rows)
 
 
-def heads_descriptor(t: Operand, chain: Chain, heads: int, rows: int) -> Described:
-    """For warps that work alone, so many rows of so many heads at a time: of t (B, S, H, D) as (B, H, S, D), or of its
+def heads_descriptor(t: Operand, chain: Chain, heads: int) -> Described:
+    """For warps that work alone, 16 rows of so many heads at a time: of t (B, S, H, D) as (B, H, S, D), or of its
     columns as (B, L, H, S / L, D).
     """
     B, S, H, D = t.shape
     b, s, h = t.strides[:3]
     if chain.strided:
         L = chain.L
-        return Described(t, [B, L, H, S // L, D], [b, s, h, s * L, 1], [1, 1, heads, rows, D], True)
-    return Described(t, [B, H, S, D], [b, h, s, 1], [1, heads, rows, D], True)
+        return Described(t, [B, L, H, S // L, D], [b, s, h, s * L, 1], [1, 1, heads, BLOCK_ROWS, D], True)
+    return Described(t, [B, H, S, D], [b, h, s, 1], [1, heads, BLOCK_ROWS, D], True)
 
 
 def summary_descriptor(t: Operand, run: Run, keys: int) -> Described:

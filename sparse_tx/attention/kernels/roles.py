@@ -1,9 +1,10 @@
 """The backward pass of a window by warps with roles of their own, in Gluon for GPUs of compute capability 9.0.
 
 A program walks along the sequence as `window.window_backward` does and visits each pair of tiles, one of keys and one
-of queries, once. One warp brings tiles by the copy engine, another the gradients of another part; two groups of four take turns in the weights of a pair and
-the gradients of its scores, which they leave in shared memory in 16 bits; a fourth group makes dq, dk and dv of them,
-in registers. So the products of one pair, the exponentials of the next and the copies of later ones overlap.
+of queries, once. One warp brings tiles by the copy engine, another the gradients of another part; two groups of four
+take turns in the weights of a pair and the gradients of its scores, which they leave in shared memory in 16 bits; a
+further group makes dq, dk and dv of them, in registers. So the products of one pair, the exponentials of the next and
+the copies of later ones overlap.
 
 Names: t counts the program's tiles of keys, i its tiles of queries, from t on (far = 0) to t + BACK; n counts pairs.
 """
@@ -48,7 +49,7 @@ def _bring(
 
 @gluon.jit
 def _rows(t, begin, own, S, BT: gl.constexpr, AHEAD: gl.constexpr):
-    """Rows of tile t of the keys and of the queries AHEAD tiles later: beyond the end if another program writes them."""
+    """Rows of keys t and of the queries AHEAD tiles later: beyond the end if another program writes them."""
     row = (begin + t) * BT
     mine = begin + t >= own
     return gl.where(mine, row, S), gl.where(mine, row + AHEAD * BT, S)
@@ -177,10 +178,11 @@ def window_backward_by_roles(
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles, as `window_backward`; LSE and DELTA are pointers.
 
-    AHEAD, BACK: a tile of keys is seen here by the queries AHEAD to AHEAD + BACK tiles later. A window that reaches
-    back farther is as many of these as it takes. NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory at a time. REGISTERS: of a thread that makes
-    weights; the group that makes gradients has the rest. log2e: a number that the compiler does not know, or it would
-    multiply by it as soon as a log-sum-exp is asked for, and wait for that.
+    AHEAD, BACK: a tile of keys is seen here by the queries AHEAD to AHEAD + BACK tiles later; a window that reaches
+    back farther takes several of these passes. NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory
+    at a time. REGISTERS: of a thread that makes weights; the group that makes gradients has the rest. log2e: a number
+    that the compiler does not know, or it would multiply by it as soon as a log-sum-exp is asked for, and wait for
+    that.
     """
     BT: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]

@@ -2,7 +2,8 @@
 
 As `roles` does with a window, a program goes along columns one after the other: one warp brings tiles, two make delta,
 two groups of four take turns in the weights of a pair and the gradients of its scores, a further group makes dq, dk and
-dv of them, in registers. Queries of a column see all its tiles up to their own, so that its pairs are a triangle of NT tiles.
+dv of them, in registers. Queries of a column see all its tiles up to their own, so that its pairs are a triangle of NT
+tiles.
 
 Names: c counts the program's columns, n the pairs of a column in the order of `_pair`: of tile t of the keys and tile
 t + far of the queries. Tensors are (B, H, L, N, D) by descriptor, in blocks of (1, 1, 1, BT, D).
@@ -21,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_tx.attention.kernels.pairs import leave_weights, scores_of, two_tiles, written
 from sparse_tx.attention.kernels.roles_numbers import numbers
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import program
+from sparse_tx.attention.kernels.tiles import column_turns, column_unit
 
 
 @gluon.jit
@@ -47,22 +48,22 @@ def _visit(n, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
 
 @gluon.jit
 def _bring(
-    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, first, count,
+    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, head, index, programs, count, L,
     NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(count):
-        two_tiles(K, V, k, v, kv_full, kv_empty, b, head, first + c, 0, c * NT, NKV)
+        b, column = column_unit(c, index, programs, L)
+        two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, 0, c * NT, NKV)
         for i in gl.static_range(NT):
             turn = c * NT + i
-            two_tiles(Q, G, q, g, q_full, q_empty, b, head, first + c, i * BT, turn, NQ)
-            mbarrier.wait(o_empty.index(turn % NO), (turn // NO & 1) ^ 1)
-            mbarrier.expect(o_full.index(turn % NO), 2 * BT * O.block_shape[4])
-            tma.async_copy_global_to_shared(
-                O, [b, head, first + c, i * BT, 0], o_full.index(turn % NO), o.index(turn % NO)
-            )
+            two_tiles(Q, G, q, g, q_full, q_empty, b, head, column, i * BT, turn, NQ)
+            at = turn % NO
+            mbarrier.wait(o_empty.index(at), (turn // NO & 1) ^ 1)
+            mbarrier.expect(o_full.index(at), 2 * BT * O.block_shape[4])
+            tma.async_copy_global_to_shared(O, [b, head, column, i * BT, 0], o_full.index(at), o.index(at))
         for t in gl.static_range(1, NT):
-            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, first + c, t * BT, c * NT + t, NKV)
+            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, t * BT, c * NT + t, NKV)
 
 
 @gluon.jit
@@ -94,7 +95,7 @@ def _weights(
 @gluon.jit
 def _gradients(
     DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at,
-    q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, b, head, first, count, softmax_scale,
+    q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, head, index, programs, count, L, softmax_scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
@@ -104,6 +105,7 @@ def _gradients(
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
     none = gl.zeros([BT, BDQ], gl.float32, narrow)
     for c in range(count):
+        b, column = column_unit(c, index, programs, L)
         sums = ()
         for _ in gl.static_range(NT):
             sums += (none,)
@@ -140,25 +142,25 @@ def _gradients(
             written(dk_at, done[0] * softmax_scale, False)
             written(dv_at, done[1], False)
             fence_async_shared()
-            tma.async_copy_shared_to_global(DQ, [b, head, first + c, t * BT, 0], dq_at)
-            tma.async_copy_shared_to_global(DK, [b, head, first + c, t * BT, 0], dk_at)
-            tma.async_copy_shared_to_global(DV, [b, head, first + c, t * BT, 0], dv_at)
+            tma.async_copy_shared_to_global(DQ, [b, head, column, t * BT, 0], dq_at)
+            tma.async_copy_shared_to_global(DK, [b, head, column, t * BT, 0], dk_at)
+            tma.async_copy_shared_to_global(DV, [b, head, column, t * BT, 0], dv_at)
             sums = done[3:]
     tma.store_wait(0)
 
 
 @gluon.jit
 def column_backward_by_roles(
-    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, L, scale, softmax_scale,
+    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, units, L, scale, softmax_scale,
     NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr,
     STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of `length` columns of at most NT tiles, as `column_backward`, and delta for another part; LSE, DLSE
-    and DELTA are pointers.
+    """dq, dk, dv of every `programs`-th of `units` columns of at most NT tiles, as `column_backward`, and delta for
+    another part; LSE, DLSE and DELTA are pointers to (B, H, S).
 
-    NQ, NKV, NP, REGISTERS: as of `roles.window_backward_by_roles`; NQ is more than NT. NO: tiles of the output in shared
-    memory at a time.
+    NQ, NKV, NP, REGISTERS: as of `roles.window_backward_by_roles`; NQ is more than NT. NO: tiles of the output in
+    shared memory at a time.
     """
     BT: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
@@ -184,26 +186,24 @@ def column_backward_by_roles(
     pair_full, pair_empty = barriers(NP), barriers(NP)
     numbers_full = barriers(NQ)
     fence_async_shared()
-    chunk, b, h = program(chunks, heads, False)
-    head = h0 + h
-    of_head = (b.to(gl.int64) * H + head) * S
-    LSE += of_head
-    DLSE += of_head
-    DELTA += of_head
-    first = chunk * length
-    count = gl.minimum(length, L - first)
+    pid = gl.program_id(0)
+    head = h0 + pid % heads
+    index = pid // heads
+    count = column_turns(index, programs, units)
     gl.warp_specialize(
         [
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                          pair_full, pair_empty, b, head, first, count, softmax_scale, BT, BDQ, BDV, NT, NQ, NKV, NP)),
+                          pair_full, pair_empty, head, index, programs, count, L, softmax_scale,
+                          BT, BDQ, BDV, NT, NQ, NKV, NP)),
             (_weights, (0, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,
                         pair_empty, count, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
             (_weights, (1, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,
                         pair_empty, count, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
             (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
-                      b, head, first, count, NT, NQ, NKV, NO)),
+                      head, index, programs, count, L, NT, NQ, NKV, NO)),
             (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-                       first, count * NT, S, L, BT, BDV, NT - 1, NT, NQ, NO, True, STORE_DELTA, HAS_DLSE)),
+                       0, head, index, programs, count * NT, S, H, L, BT, BDV, NT - 1, NT, NQ, NO,
+                       True, STORE_DELTA, HAS_DLSE)),
         ],
         [4, 4, 1, 2], [REGISTERS, REGISTERS, 40, 40],
     )  # fmt: skip

@@ -19,30 +19,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparse_tx.attention.kernels.pairs import only_seen, softmax_step, two_tiles
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, program
+from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit
 
 
 @gluon.jit
 def _bring(
-    Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count,
+    Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
     NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(count):
+        b, column = column_unit(c, index, programs, L)
         # All keys first: no queries are looked at before all keys of their column are there.
         for t in gl.static_range(NT):
-            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, first + c, t * BT, c * NT + t, NC * NT)
+            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, t * BT, c * NT + t, NC * NT)
         for i in gl.static_range(NT):
             turn = c * NT + i
             here = turn % NQ
             mbarrier.wait(q_empty.index(here), (turn // NQ & 1) ^ 1)
             mbarrier.expect(q_full.index(here), 2 * BT * Q.block_shape[4])
-            tma.async_copy_global_to_shared(Q, [b, head, first + c, i * BT, 0], q_full.index(here), q.index(here))
+            tma.async_copy_global_to_shared(Q, [b, head, column, i * BT, 0], q_full.index(here), q.index(here))
 
 
 @gluon.jit
 def _attend(
-    WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S, scale,
+    WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
+    L, S, H, scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NC: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
@@ -56,7 +58,9 @@ def _attend(
     for turn in range(WHICH, count * NT, GROUPS):
         c = turn // NT
         i = turn % NT
-        rows = (i * BT + query) * L + first + c
+        b, column = column_unit(c, index, programs, L)
+        rows = (i * BT + query) * L + column
+        of_head = (b.to(gl.int64) * H + head) * S
         # Of all tiles of the column, also those that these queries do not see: a barrier tells its last phase from the
         # next alone, so a group must have seen each.
         for t in gl.static_range(NT):
@@ -79,24 +83,25 @@ def _attend(
         mbarrier.arrive(q_empty.index(here), count=1)
         empty = total == 0.0
         some = gl.where(empty, 1.0, total)
-        gl.store(LSE + rows, gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2), mask=rows < S)
+        gl.store(LSE + of_head + rows, gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2), mask=rows < S)
         tma.store_wait(0)
         out.store((acc / gl.convert_layout(some, gl.SliceLayout(1, wide))[:, None]).to(q.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(O, [b, head, first + c, i * BT, 0], o.index(WHICH))
+        tma.async_copy_shared_to_global(O, [b, head, column, i * BT, 0], o.index(WHICH))
     tma.store_wait(0)
 
 
 @gluon.jit
 def column_forward_by_roles(
-    Q, K, V, O, LSE, S, H, h0, heads, chunks, length, L, scale,
-    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr, GROUPS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    Q, K, V, O, LSE, S, H, h0, heads, programs, units, L, scale,
+    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `column_forward`. NQ, NC: tiles of queries, and columns of keys, in shared memory at a time. GROUPS: two or
-    three; NQ is a multiple of it, and NC if a group has no tile of some columns: a barrier tells its last phase from the
-    next alone.
+    """As `column_forward`, every `programs`-th of `units` columns.
+
+    NQ, NC: tiles of queries, and columns of keys, in shared memory at a time, multiples of GROUPS, but NC only where a group
+    has no tile of some columns: a barrier tells its last phase from the next alone.
     """
+    GROUPS: gl.constexpr = 3
     BT: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
     BDV: gl.constexpr = V.block_shape[4]
@@ -110,32 +115,20 @@ def column_forward_by_roles(
     for at in gl.static_range(NC * NT):
         mbarrier.init(kv_empty.index(at), count=NT - at % NT)  # the tiles of queries that see it
     fence_async_shared()
-    chunk, b, h = program(chunks, heads, False)
-    head = h0 + h
-    LSE += (b.to(gl.int64) * H + head) * S
-    first = chunk * length
-    count = gl.minimum(length, L - first)
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-                (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, NQ, NC)),
-            ],
-            [4, 1], [REGISTERS, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-                (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-                (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, b, head, first, count, L, S,
-                           scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-                (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, b, head, first, count, NT, NQ, NC)),
-            ],
-            [4, 4, 1], [REGISTERS, REGISTERS, 24],
-        )  # fmt: skip
+    pid = gl.program_id(0)
+    head = h0 + pid % heads
+    index = pid // heads
+    count = column_turns(index, programs, units)
+    gl.warp_specialize(
+        [
+            (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
+                       S, H, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
+                       S, H, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
+                       S, H, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
+                      NT, NQ, NC)),
+        ],
+        [4, 4, 1], [REGISTERS, REGISTERS, 24],
+    )  # fmt: skip

@@ -98,11 +98,10 @@ def _attend(
                 s = gl.where((key >= far * BT - row)[None, :], s, float("-inf"))
             acc, top, total = softmax_step(s, v.index(t % NKV).reshape([BT, BDV]), acc, top, total, scale)
             mbarrier.arrive(kv_empty.index(t % NKV), count=1)
-            if MERGE:
-                if far == 0:  # the output of the tile before is on its way: that of another part may take its place
-                    tma.store_wait(0)
-                    if i >= GROUPS:
-                        mbarrier.arrive(o_empty.index(WHICH), count=1)
+            if MERGE and far == 0:  # the output of the tile before is out: that of another part may take its place
+                tma.store_wait(0)
+                if i >= GROUPS:
+                    mbarrier.arrive(o_empty.index(WHICH), count=1)
         mbarrier.arrive(q_empty.index(here), count=1)
         if MERGE:  # last, when it has long been there
             old *= LOG2E
@@ -130,9 +129,10 @@ def window_forward_by_roles(
     R: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
     MERGE: gl.constexpr,
 ):  # fmt: skip
-    """As `window_forward`. NQ, NKV: tiles of queries and of keys in shared memory at a time. GROUPS: NQ is a multiple of
-    it, and NKV if a group does not see every tile of keys, of which are BACK + 1 or more: a barrier tells its last phase
-    from the next alone.
+    """As `window_forward`.
+
+    NQ, NKV: tiles of queries and of keys in shared memory at a time, multiples of GROUPS, but NKV only where a group
+    does not see every tile of keys: a barrier tells its last phase from the next alone.
     """
     BT: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_tx.attention.kernels.pairs import two_tiles, written
 from sparse_tx.attention.kernels.roles_numbers import numbers, place
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import pair_is_masked, pair_seen, program
+from sparse_tx.attention.kernels.tiles import column_turns, pair_is_masked, pair_seen, program
 
 
 @gluon.jit
@@ -41,7 +41,8 @@ def _pair(m, far, BACK: gl.constexpr, NT: gl.constexpr):
 
 @gluon.jit
 def _bring(
-    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, first, count,
+    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, first, programs,
+    count, L,
     BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
     DELTA_HERE: gl.constexpr,
 ):  # fmt: skip
@@ -50,16 +51,16 @@ def _bring(
     for i in range(count + BACK):
         m = i - BACK
         if m >= 0:
-            column, row = place(m, first, BT, NT)
-            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, row, m, NKV)
+            of, column, row = place(m, b, first, programs, L, BT, NT)
+            two_tiles(K, V, k, v, kv_full, kv_empty, of, head, column, row, m, NKV)
         if i < tiles:
-            column, row = place(i, first, BT, NT)
-            two_tiles(Q, G, q, g, q_full, q_empty, b, head, column, row, i, NQ)
+            of, column, row = place(i, b, first, programs, L, BT, NT)
+            two_tiles(Q, G, q, g, q_full, q_empty, of, head, column, row, i, NQ)
             if DELTA_HERE:
                 at = i % NO
                 mbarrier.wait(o_empty.index(at), (i // NO & 1) ^ 1)
                 mbarrier.expect(o_full.index(at), 2 * BT * O.block_shape[4])
-                tma.async_copy_global_to_shared(O, [b, head, column, row, 0], o_full.index(at), o.index(at))
+                tma.async_copy_global_to_shared(O, [of, head, column, row, 0], o_full.index(at), o.index(at))
 
 
 @gluon.jit
@@ -100,7 +101,7 @@ def _scores(
 def _keys(
     WHICH: gl.constexpr, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at,
     q_full, q_empty, kv_full, numbers_full, pair_full, pair_empty, old_full, old_empty,
-    b, head, first, own, count, N, scale, softmax_scale,
+    b, head, first, programs, own, count, N, L, scale, softmax_scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
     NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
@@ -167,18 +168,18 @@ def _keys(
             written(dk_at.index(WHICH), dk * softmax_scale, ADD)
             written(dv_at.index(WHICH), dv, ADD)
             fence_async_shared()
-            column, row = place(m, first, BT, NT)
+            of, column, row = place(m, b, first, programs, L, BT, NT)
             if NT == 0:
                 row = gl.where(first + m >= own, row, N)  # a tile of another program is stored beyond the end
-            tma.async_copy_shared_to_global(DK, [b, head, column, row, 0], dk_at.index(WHICH))
-            tma.async_copy_shared_to_global(DV, [b, head, column, row, 0], dv_at.index(WHICH))
+            tma.async_copy_shared_to_global(DK, [of, head, column, row, 0], dk_at.index(WHICH))
+            tma.async_copy_shared_to_global(DV, [of, head, column, row, 0], dv_at.index(WHICH))
     tma.store_wait(0)
 
 
 @gluon.jit
 def _queries(
     DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
-    b, head, first, own, count, N, softmax_scale,
+    b, head, first, programs, own, count, N, L, softmax_scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr,
     NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
@@ -216,22 +217,22 @@ def _queries(
             tma.store_wait(0)
         written(dq_at, dq * softmax_scale, ADD)
         fence_async_shared()
-        column, row = place(i, first, BT, NT)
+        of, column, row = place(i, b, first, programs, L, BT, NT)
         if NT == 0:
             row = gl.where(first + i >= own, row, N)
-        tma.async_copy_shared_to_global(DQ, [b, head, column, row, 0], dq_at)
+        tma.async_copy_shared_to_global(DQ, [of, head, column, row, 0], dq_at)
     tma.store_wait(0)
 
 
 @gluon.jit
 def narrow_backward_by_roles(
-    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, N, L, scale, softmax_scale,
+    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, length, N, L, scale, softmax_scale,
     NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
     NO: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr,
     HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of `length` columns of NT tiles, as
-    `column_backward`, which leaves delta for another part.
+    """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of every `programs`-th of `length`
+    columns of NT tiles, as `column_backward_by_roles`.
 
     N: entries of a sequence or column. LSE, DLSE, DELTA: pointers to (B, H, S). NQ, NKV, NP, NO: tiles of queries and
     of keys, pairs, and tiles of the output, in shared memory at a time; the first three are multiples of those of two
@@ -266,35 +267,34 @@ def narrow_backward_by_roles(
     pair_full, pair_empty = barriers(NP), barriers(NP)
     old_full, old_empty = barriers(GROUPS + 1), barriers(GROUPS + 1)
     fence_async_shared()
-    chunk, b, h = program(chunks, heads, False)
+    index, b, h = program(programs, heads, False)
     head = h0 + h
-    of_head = (b.to(gl.int64) * H + head) * S
-    LSE += of_head
-    DLSE += of_head
-    DELTA += of_head
-    own = chunk * length
     if NT == 0:
+        own = index * length
         first = gl.maximum(own - BACK, 0)
         count = gl.minimum(own + length, (N + BT - 1) // BT) - first
     else:
-        first = own
-        count = gl.minimum(length, L - own) * NT
+        own = index
+        first = index
+        count = column_turns(index, programs, length) * NT
     gl.warp_specialize(
         [
             (_queries, (DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
-                        b, head, first, own, count, N, softmax_scale, BT, BDQ, BACK, NT, NKV, NP, GROUPS, ADD)),
+                        b, head, first, programs, own, count, N, L, softmax_scale, BT, BDQ, BACK, NT, NKV, NP, GROUPS,
+                        ADD)),
             (_keys, (0, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
-                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N, scale,
-                     softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
+                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, programs, own, count, N,
+                     L, scale, softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_keys, (1, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
-                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N, scale,
-                     softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
+                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, programs, own, count, N,
+                     L, scale, softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
-                      b, head, first, count, BACK, NT, NQ, NKV, NO, DELTA_HERE)),
+                      b, head, first, programs, count, L, BACK, NT, NQ, NKV, NO, DELTA_HERE)),
             (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, count, N,
                           GROUPS, ADD)),
             (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-                       first, count, S, L, BT, BDV, BACK, NT, NQ, NO, DELTA_HERE, STORE_DELTA, HAS_DLSE)),
+                       b, head, first, programs, count, S, H, L, BT, BDV, BACK, NT, NQ, NO,
+                       DELTA_HERE, STORE_DELTA, HAS_DLSE)),
         ],
         [4, 4, 1, 1, 2], [REGISTERS, REGISTERS, 40, 40, 40],
     )  # fmt: skip

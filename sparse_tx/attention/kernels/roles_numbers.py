@@ -1,44 +1,48 @@
 """Log-sum-exp and delta of queries, by two warps of their own in the backward passes by roles.
 
-In Gluon for compute capability 9.0. Delta, the sum of the output times its gradient less the gradient of the log-sum-exp,
-is made of the gradients that are in shared memory anyway and of the output, which a place or two are kept for: a launch
-of its own would bring both once more.
+In Gluon for compute capability 9.0. Delta, the sum of the output times its gradient less the gradient of the
+log-sum-exp, is made of the gradients that are in shared memory anyway and of the output, which a place or two are kept
+for: a launch of its own would bring both once more.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from sparse_tx.attention.kernels.tiles import LOG2E
+from sparse_tx.attention.kernels.tiles import LOG2E, column_unit
 
 
 @gluon.jit
-def place(m, first, BT: gl.constexpr, NT: gl.constexpr):
-    """Column and row of a tile; `first`: the program's first tile of a window (NT = 0), or its first column."""
+def place(m, b, first, programs, L, BT: gl.constexpr, NT: gl.constexpr):
+    """Batch entry, column and row of the program's tile m: of a window (NT = 0) of batch entry b from tile `first` on,
+    or of columns of NT tiles, of which it has every `programs`-th from `first` on.
+    """
     if NT == 0:
         column = 0
         row = (first + m) * BT
     else:
-        column = first + m // NT
+        b, column = column_unit(m // NT, first, programs, L)
         row = m % NT * BT
-    return column, row
+    return b, column, row
 
 
 @gluon.jit
-def _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE: gl.constexpr):
+def _loaded(LSE, DELTA, b, head, row, column, local, S, H, L, DELTA_HERE: gl.constexpr):
     """Log-sum-exp of a tile of queries, and delta unless it is made here; zero beyond the sequence."""
     rows = (row + local) * L + column
-    lse = gl.load(LSE + rows, mask=rows < S, other=0.0)
+    of_head = (b.to(gl.int64) * H + head) * S
+    lse = gl.load(LSE + of_head + rows, mask=rows < S, other=0.0)
     if DELTA_HERE:
         delta = lse
     else:
-        delta = gl.load(DELTA + rows, mask=rows < S, other=0.0)
+        delta = gl.load(DELTA + of_head + rows, mask=rows < S, other=0.0)
     return lse, delta
 
 
 @gluon.jit
 def numbers(
-    LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full, first, count, S, L,
+    LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
+    b, head, first, programs, count, S, H, L,
     BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NO: gl.constexpr,
     DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
@@ -52,13 +56,14 @@ def numbers(
     local = gl.arange(0, BT, flat)
     of_block = gl.arange(0, ROWS, gl.SliceLayout(1, block))
     tiles = count + (BACK if NT == 0 else 0)
-    column, row = place(0, first, BT, NT)
-    lse, delta = _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE)
+    of, column, row = place(0, b, first, programs, L, BT, NT)
+    lse, delta = _loaded(LSE, DELTA, of, head, row, column, local, S, H, L, DELTA_HERE)
     for i in range(tiles):
         at = i % NQ
-        column, row = place(i + 1, first, BT, NT)
-        next_lse, next_delta = _loaded(LSE, DELTA, row, column, local, S, L, DELTA_HERE)
-        column, row = place(i, first, BT, NT)
+        of, column, row = place(gl.minimum(i + 1, tiles - 1), b, first, programs, L, BT, NT)
+        next_lse, next_delta = _loaded(LSE, DELTA, of, head, row, column, local, S, H, L, DELTA_HERE)
+        of, column, row = place(i, b, first, programs, L, BT, NT)
+        of_head = (of.to(gl.int64) * H + head) * S
         mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
         lse_at.index(at).store(lse * LOG2E)
         if DELTA_HERE:
@@ -70,9 +75,9 @@ def numbers(
                 outs = o.index(i % NO).reshape([BT, BDV]).slice(part * ROWS, ROWS).load(block)
                 made = gl.sum(outs.to(gl.float32) * grads.to(gl.float32), 1)
                 if HAS_DLSE:
-                    made -= gl.load(DLSE + rows, mask=rows < S, other=0.0)
+                    made -= gl.load(DLSE + of_head + rows, mask=rows < S, other=0.0)
                 if STORE_DELTA:
-                    gl.store(DELTA + rows, made, mask=rows < S)
+                    gl.store(DELTA + of_head + rows, made, mask=rows < S)
                 delta_at.index(at).slice(part * ROWS, ROWS).store(made)
             mbarrier.arrive(o_empty.index(i % NO), count=1)
         else:

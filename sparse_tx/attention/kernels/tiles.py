@@ -134,3 +134,19 @@ def program(tiles, heads, HEAVY_LAST: tl.constexpr):
         batch = tl.num_programs(0) // (tiles * heads)
         return tiles - 1 - rest // batch, rest % batch, h
     return rest % tiles, rest // tiles, h
+
+
+@triton.jit
+def column_unit(turn, index, programs, L):
+    """Batch entry and column that program `index`, of so many for each head, works on in its turn.
+
+    Columns beside each other, of all heads, are worked on at a time: what is read and written then lies together.
+    """
+    unit = turn * programs + index
+    return unit // L, unit % L
+
+
+@triton.jit
+def column_turns(index, programs, units):
+    """Of program `index` of so many, that have `units` columns of all batch entries."""
+    return tl.cdiv(units - index, programs)

@@ -193,18 +193,20 @@ def _along(
 ) -> tuple[int, tuple[int, ...], dict[str, object]]:
     """Programs, numbers and constants of a launch that goes along tiles of so many rows, or along whole columns.
 
-    halo: what a program costs beyond its tiles of a window; beyond its columns it is one. heads: of a program,
-    neighbours. programs: side by side on a multiprocessor. ahead: tiles at the end of a window that are not gone along.
+    halo: what a program costs beyond its tiles of a window. heads: of a program, neighbours. programs: side by side on
+    a multiprocessor. ahead: tiles at the end of a window that are not gone along.
     """
     B, S, H, _ = q.shape
     groups = run.heads // heads
-    tiles, halo = (min(chain.L, S), 1) if chain.strided else (-(-S // rows) - ahead, halo)
-    length, chunks = _chunks(tiles, B * groups, halo, programs * multiprocessors(q.device.index))
-    numbers = S, H, run.head, groups, chunks, length
+    most = programs * multiprocessors(q.device.index)
     if chain.strided:
-        of_columns = {"NEAR": chain.near, "NT": -(-chain.N // rows)}
-        return chunks * B * groups, (*numbers, chain.L), {"R": chain.R, **of_columns}
-    return chunks * B * groups, numbers, {"R": chain.R}
+        units = B * chain.L
+        turns = -(-units // max(1, most // groups))
+        of_head = -(-units // turns)
+        constants = {"R": chain.R, "NEAR": chain.near, "NT": -(-chain.N // rows)}
+        return of_head * groups, (S, H, run.head, groups, of_head, units, chain.L), constants
+    length, chunks = _chunks(-(-S // rows) - ahead, B * groups, halo, most)
+    return chunks * B * groups, (S, H, run.head, groups, chunks, length), {"R": chain.R}
 
 
 def _forward_by_roles(
@@ -216,12 +218,12 @@ def _forward_by_roles(
     if chain.strided:  # the first pass of its heads: it never merges
         constants["NC"] = chosen.keys
     else:
-        constants |= {"NKV": chosen.keys, "MERGE": merge}
+        constants |= {"NKV": chosen.keys, "GROUPS": chosen.groups, "MERGE": merge}
     described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in tensors[:4]]
     return Launch(
         column_forward_by_roles if chain.strided else window_forward_by_roles, programs,
         *described, tensors[4], *numbers, scale * LOG2E.value,
-        **constants, NQ=chosen.queries, GROUPS=chosen.groups, REGISTERS=chosen.registers, num_warps=4,
+        **constants, NQ=chosen.queries, REGISTERS=chosen.registers, num_warps=4,
     )  # fmt: skip
 
 
@@ -267,13 +269,13 @@ def _narrow_backward(
     programs, numbers, constants = _along(chain, run, q, ROLES_TILE, -(-chain.R // ROLES_TILE) + 2)
     if not chain.strided:
         numbers, constants = (*numbers, chain.L), {**constants, "NEAR": 0, "NT": 0}
-    S, H, h0, heads, chunks, length, L = numbers
+    *numbers, L = numbers
     described = [
         rows_descriptor(t, chain, ROLES_TILE)._replace(gluon=True) if len(t.shape) == 4 else t for t in tensors
     ]
     return Launch(
         narrow_backward_by_roles, programs,
-        *described, S, H, h0, heads, chunks, length, S // L, L, scale * LOG2E.value, scale,
+        *described, *numbers, q.shape[1] // L, L, scale * LOG2E.value, scale,
         **constants, NQ=chosen.tiles, NKV=chosen.tiles, NP=chosen.pairs, NO=chosen.outputs,
         REGISTERS=chosen.registers, ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse,
         num_warps=4,
@@ -309,18 +311,12 @@ def _walk_backward(
 def _forward_by_warps(
     chain: Chain, run: Run, chosen: Warps, merge: bool, tensors: Sequence[Operand], scale: float
 ) -> Launch:
-    rows = BLOCK_ROWS * chosen.blocks
-    programs, numbers, constants = _along(chain, run, tensors[0], rows, 2, chosen.heads, chosen.programs)
-    scales = (scale * LOG2E.value,)
+    programs, numbers, constants = _along(chain, run, tensors[0], BLOCK_ROWS, 2, chosen.warps, chosen.programs)
     if not chain.strided:  # as by roles
-        ring = -(-chain.R // BLOCK_ROWS) + chosen.blocks * (1 + chosen.early)
-        constants |= {"RING": ring, "MERGE": merge}
-        scales = (scale * LOG2E.value, LOG2E.value)
-    described = [
-        heads_descriptor(t, chain, chosen.heads, n)
-        for t, n in zip(tensors, (rows, BLOCK_ROWS, BLOCK_ROWS, rows), strict=False)
-    ]
+        constants |= {"RING": -(-chain.R // BLOCK_ROWS) + 1 + chosen.early, "MERGE": merge}
+    scales = (scale * LOG2E.value,) if chain.strided else (scale * LOG2E.value, LOG2E.value)
+    described = [heads_descriptor(t, chain, chosen.warps) for t in tensors[:4]]
     return Launch(
         column_forward_by_warps if chain.strided else window_forward_by_warps, programs,
-        *described, tensors[4], *numbers, *scales, **constants, num_warps=chosen.heads * chosen.blocks,
+        *described, tensors[4], *numbers, *scales, **constants, num_warps=chosen.warps,
     )  # fmt: skip

@@ -1,13 +1,11 @@
 """Windows of narrow heads by warps that work alone, in Gluon for GPUs of compute capability 9.0.
 
 Heads 32 wide leave little to multiply: exponentials and the numbers around them take the time, so no key should be
-looked at in vain. A warp has 16 queries of one head at a time and walks along it; A of them have blocks beside each
-other and share blocks of T = 16 keys: of the pairs of blocks that they visit few need a mask, while tiles of 64 look at
-a third more. W heads lie beside each other in memory too. Warps meet only where the copy engine brings and takes a
-block of all of them.
+looked at in vain. A warp has one head and walks along it in blocks of T = 16 queries or keys: of the pairs of blocks
+that it visits two at most need a mask; tiles of 64 look at a third more. W warps have heads beside each other, which
+lie beside each other in memory too, and meet only where the copy engine brings and takes a block of all of them.
 
-Names: tensors are (B, H, S, D) by descriptor, in blocks of (1, W, T, D), and of (1, W, A T, D) with the queries; t
-counts the program's blocks of keys, i its blocks of queries.
+Names: tensors are (B, H, S, D) by descriptor, in blocks of (1, W, T, D); t counts the program's blocks of keys.
 """
 
 from triton.experimental import gluon
@@ -16,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, program
+from sparse_tx.attention.kernels.tiles import LN2, pair_is_masked, pair_seen, program
 
 
 @gluon.jit
@@ -39,41 +37,25 @@ def _bring_queries(Q, O, q, o, q_full, b, head, row, i, MERGE: gl.constexpr):
 
 
 @gluon.jit
-def _only_seen(s, query, key, back, T: gl.constexpr, A: gl.constexpr, R: gl.constexpr):
-    """s (W, A T queries, T keys), and -inf where a query does not see a key; the keys' block ends `back` blocks before
-    the queries'.
-    """
-    steps: gl.constexpr = (back - A + 1) * T
-    if steps < T - 1:
-        s = gl.where(query - key >= -steps, s, float("-inf"))
-    if back * T + T - 1 > R:
-        s = gl.where(query - key <= R - steps, s, float("-inf"))
-    return s
-
-
-@gluon.jit
 def window_forward_by_warps(
     Q, K, V, O, LSE, S, H, h0, groups, chunks, length, scale, log2e,
     R: gl.constexpr, RING: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """As `window_forward`, `length` blocks of queries and W heads a program. groups: of W heads. RING: blocks of keys in
-    shared memory at a time, those that queries see and those of the next blocks of queries. log2e: as of
-    `window_backward_by_roles`.
+    """As `window_forward`, `length` blocks of W heads a program. groups: of W heads. RING: blocks of keys in shared
+    memory at a time, more than a query sees. log2e: as of `roles.window_backward_by_roles`.
     """
     W: gl.constexpr = Q.block_shape[1]
-    T: gl.constexpr = K.block_shape[2]
-    A: gl.constexpr = Q.block_shape[2] // T
-    ROWS: gl.constexpr = A * T
+    T: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]
     BDV: gl.constexpr = V.block_shape[3]
     BACK: gl.constexpr = (R + T - 1) // T
-    EARLY: gl.constexpr = (RING - BACK) // A - 1  # blocks of queries whose keys are brought before their step
+    EARLY: gl.constexpr = RING - BACK - 1  # blocks that are brought before their step
     dtype: gl.constexpr = Q.dtype
-    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, A, 1], [1, 16, 8])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    q = gl.allocate_shared_memory(dtype, [2, 1, W, ROWS, BDQ], Q.layout)
-    o = gl.allocate_shared_memory(dtype, [3, 1, W, ROWS, BDV], O.layout)
+    q = gl.allocate_shared_memory(dtype, [2, 1, W, T, BDQ], Q.layout)
+    o = gl.allocate_shared_memory(dtype, [3, 1, W, T, BDV], O.layout)
     k = gl.allocate_shared_memory(dtype, [RING, 1, W, T, BDQ], K.layout)
     v = gl.allocate_shared_memory(dtype, [RING, 1, W, T, BDV], V.layout)
     q_full, kv_full = barriers(2), barriers(RING)
@@ -81,56 +63,54 @@ def window_forward_by_warps(
     chunk, b, group = program(chunks, groups, False)
     head = h0 + group * W
     own = chunk * length
-    count = gl.minimum(length, (S + ROWS - 1) // ROWS - own)
+    count = gl.minimum(length, (S + T - 1) // T - own)
     heads = head + gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :]
+    row = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :]
     query = row[:, :, None]
     key = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     LSE += ((b.to(gl.int64) * H + heads.to(gl.int64)) * S)[:, None]
-    zero = gl.zeros([W, ROWS, T], gl.float32, layout)
-    # Block t of the keys lies BACK blocks before the program's block t of the queries, counted by T.
-    first = own * A - BACK
-    for early in gl.static_range(BACK + EARLY * A):
-        if early < count * A + BACK:
-            _bring_two(K, V, k, v, kv_full, b, head, (first + early) * T, early)
-    _bring_queries(Q, O, q, o, q_full, b, head, own * ROWS, 0, MERGE)
+    zero = gl.zeros([W, T, T], gl.float32, layout)
+    # Block t of the keys lies BACK blocks before the program's block t of the queries.
+    for early in gl.static_range(BACK + EARLY):
+        if early < count + BACK:
+            _bring_two(K, V, k, v, kv_full, b, head, (own - BACK + early) * T, early)
+    _bring_queries(Q, O, q, o, q_full, b, head, own * T, 0, MERGE)
     for early in gl.static_range(BACK):
         mbarrier.wait(kv_full.index(early), 0)
     if MERGE:
-        rows = own * ROWS + row
+        rows = own * T + row
         next_old = gl.load(LSE + rows, mask=rows < S, other=float("-inf"))
     for i in range(count):
-        last = i * A + BACK + A - 1  # of the blocks of keys that are seen now
+        t = i + BACK
         if i + EARLY < count:  # where the keys lay that the queries before saw last
-            for more in gl.static_range(A):
-                later = last + EARLY * A - more
-                _bring_two(K, V, k, v, kv_full, b, head, (first + later) * T, later % RING)
+            later = t + EARLY
+            _bring_two(K, V, k, v, kv_full, b, head, (own + i + EARLY) * T, later % RING)
         tma.store_wait(1)  # the output of two steps before has left its place
         if i + 1 < count:
-            _bring_queries(Q, O, q, o, q_full, b, head, (own + i + 1) * ROWS, i + 1, MERGE)
-        rows = (own + i) * ROWS + row
+            _bring_queries(Q, O, q, o, q_full, b, head, (own + i + 1) * T, i + 1, MERGE)
+        rows = (own + i) * T + row
         valid = rows < S
         if MERGE:  # that of the next queries is on its way
             old = next_old
-            next_old = gl.load(LSE + rows + ROWS, mask=rows + ROWS < S, other=float("-inf"))
+            next_old = gl.load(LSE + rows + T, mask=rows + T < S, other=float("-inf"))
         mbarrier.wait(q_full.index(i % 2), i // 2 & 1)
-        for more in gl.static_range(A):
-            mbarrier.wait(kv_full.index((last - more) % RING), (last - more) // RING & 1)
-        queries = q.index(i % 2).reshape([W, ROWS, BDQ]).load(left)
-        out = o.index(i % 3).reshape([W, ROWS, BDV])
+        mbarrier.wait(kv_full.index(t % RING), t // RING & 1)
+        queries = q.index(i % 2).reshape([W, T, BDQ]).load(left)
+        out = o.index(i % 3).reshape([W, T, BDV])
         scores = ()
-        for back in gl.static_range(BACK + A):
-            keys = k.index((last - back) % RING).reshape([W, T, BDQ])
+        for back in gl.static_range(BACK + 1):
+            keys = k.index((t - back) % RING).reshape([W, T, BDQ])
             s = mma_v2(queries, keys.permute([0, 2, 1]).load(right), zero)
-            scores += (_only_seen(s, query, key, back, T, A, R),)
-        at = (own + i) * A + A - 1
-        if at < BACK + A - 1:  # keys before the sequence begins: zeros were brought for them
+            if pair_is_masked(back, T, 0, R):
+                s = gl.where(pair_seen(query, key, back, T, 0, R), s, float("-inf"))
+            scores += (s,)
+        if own + i < BACK:  # keys before the sequence begins: zeros were brought for them
             there = ()
-            for back in gl.static_range(BACK + A):
-                there += (scores[back] + gl.where(at >= back, 0.0, float("-inf")),)
+            for back in gl.static_range(BACK + 1):
+                there += (scores[back] + gl.where(own + i >= back, 0.0, float("-inf")),)
             scores = there
-        most = scores[0]  # a query sees itself: the greatest of all is finite
-        for back in gl.static_range(1, BACK + A):
+        most = scores[0]  # a query sees itself: finite
+        for back in gl.static_range(1, BACK + 1):
             most = gl.maximum(most, scores[back])
         new = gl.max(most, 2) * scale
         if MERGE:
@@ -139,12 +119,12 @@ def window_forward_by_warps(
             share = gl.exp2(top - new)
             acc = out.load(layout).to(gl.float32) * share[:, :, None]
         else:
-            acc = gl.zeros([W, ROWS, BDV], gl.float32, layout)
+            acc = gl.zeros([W, T, BDV], gl.float32, layout)
         sums = zero
-        for back in gl.static_range(BACK + A):
+        for back in gl.static_range(BACK + 1):
             p = gl.exp2(scores[back] * scale - new[:, :, None])
             sums += p
-            values = v.index((last - back) % RING).reshape([W, T, BDV]).load(right)
+            values = v.index((t - back) % RING).reshape([W, T, BDV]).load(right)
             acc = mma_v2(gl.convert_layout(p.to(dtype), left), values, acc)
         total = gl.sum(sums, 2)
         if MERGE:
@@ -152,5 +132,5 @@ def window_forward_by_warps(
         gl.store(LSE + rows, (new + gl.log2(total)) * LN2, mask=valid)
         out.store((acc * (1.0 / total)[:, :, None]).to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(O, [b, head, (own + i) * ROWS, 0], o.index(i % 3))
+        tma.async_copy_shared_to_global(O, [b, head, (own + i) * T, 0], o.index(i % 3))
     tma.store_wait(0)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, pair_is_masked, pair_seen, program
+from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit, pair_is_masked, pair_seen
 
 
 @gluon.jit
@@ -25,10 +25,10 @@ def _bring(X, x, full, b, r, head, NT: gl.constexpr):
 
 @gluon.jit
 def column_forward_by_warps(
-    Q, K, V, O, LSE, S, H, h0, groups, chunks, length, L, scale,
+    Q, K, V, O, LSE, S, H, h0, groups, programs, units, L, scale,
     NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
-    """As `column_forward`, `length` columns of W heads a program. groups: of W heads."""
+    """As `column_forward`, every `programs`-th of `units` columns, of W heads. groups: of W heads."""
     W: gl.constexpr = Q.block_shape[2]
     T: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
@@ -43,18 +43,17 @@ def column_forward_by_warps(
     o = gl.allocate_shared_memory(dtype, [NT, 1, 1, W, T, BDV], O.layout)
     full = barriers(1)
     fence_async_shared()
-    chunk, b, group = program(chunks, groups, False)
-    head = h0 + group * W
-    first = chunk * length
+    pid = gl.program_id(0)
+    head = h0 + pid % groups * W
+    index = pid // groups
     rows = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     heads = head + gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     query = rows[None, :, None]
     key = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    LSE += ((b.to(gl.int64) * H + heads.to(gl.int64)) * S)[:, None]
     zero = gl.zeros([W, T, T], gl.float32, layout)
-    count = gl.minimum(length, L - first)
-    for i in range(count):
-        r = first + i
+    for i in range(column_turns(index, programs, units)):
+        b, r = column_unit(i, index, programs, L)
+        of_heads = ((b.to(gl.int64) * H + heads.to(gl.int64)) * S)[:, None]
         tma.store_wait(0)
         mbarrier.expect(full.index(0), 2 * NT * W * T * (2 * BDQ + BDV))
         _bring(Q, q, full, b, r, head, NT)
@@ -86,7 +85,7 @@ def column_forward_by_warps(
             some = gl.where(empty, 1.0, total)
             lse = gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2)
             at = (n * T + rows)[None, :] * L + r
-            gl.store(LSE + at, lse, mask=at < S)
+            gl.store(LSE + of_heads + at, lse, mask=at < S)
             o.index(n).reshape([W, T, BDV]).store((acc * (1.0 / some)[:, :, None]).to(dtype))
         fence_async_shared()
         for n in gl.static_range(NT):
