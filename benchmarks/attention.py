@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -359,17 +360,19 @@ def compare(names: list[str], rivals: list[str], most: int) -> list[dict]:
         row["fwd"], row["both"] = timed(work, fused(work))
         row["rivals"] = {}
         for rival in rivals:
+            begun = time.perf_counter()
             torch._dynamo.reset()  # or it gives up compiling after a few workloads
             try:
                 attend = RIVALS[rival](check.work)
                 found = (check_dense if rival in DENSE else check)(attend)
                 if found.startswith("WRONG"):
                     row["rivals"][rival] = found
-                    continue
-                row["rivals"][rival] = timed(work, attend if check.work is work else RIVALS[rival](work))[1]
+                else:
+                    row["rivals"][rival] = timed(work, attend if check.work is work else RIVALS[rival](work))[1]
             except Exception as error:  # a rival that cannot run this is no reason to lose the others
                 print(f"{name}, {rival}: {(str(error).splitlines() or [repr(error)])[0][:200]}", file=sys.stderr)
             torch.cuda.empty_cache()
+            print(f"{name}, {rival}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
         beside = ", ".join(
             f"{r} {t}" if isinstance(t, str) else f"{r} {t:.3f} ({t / row['both']:.1f}x)"
             for r, t in row["rivals"].items()

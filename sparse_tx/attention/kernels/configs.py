@@ -238,7 +238,7 @@ BLOCK_ROWS = 16  # queries or keys of a block of warps that work alone
 # CIFAR-10's column 33.2, 32.2, that of 8 heads 80, 77. Backward they lost on an H100: ImageNet64's window 267, by roles
 # 226; its column 203, as a walk 198, with loops that are not unrolled 209.
 WARPS: dict[tuple[str, str, int, int], Warps] = {
-    ("forward", "window", 32, 32): Warps(2, 4),
+    ("forward", "window", 32, 32): Warps(1, 8),
     ("forward", "column", 32, 32): Warps(2, 4),
     ("forward", "column", 64, 64): Warps(2, 4),
     ("forward", "column", 64, 128): Warps(2, 4),

@@ -48,8 +48,8 @@ def _visit(n, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
 
 @gluon.jit
 def _bring(
-    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, head, index, programs, count, L,
-    NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
+    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, head, index, programs, count,
+    L: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(count):
@@ -95,8 +95,8 @@ def _weights(
 @gluon.jit
 def _gradients(
     DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at,
-    q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, head, index, programs, count, L, softmax_scale,
-    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NT: gl.constexpr,
+    q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, head, index, programs, count, softmax_scale,
+    L: gl.constexpr, BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys after the other; dq of the queries that see it waits in registers."""
@@ -151,8 +151,8 @@ def _gradients(
 
 @gluon.jit
 def column_backward_by_roles(
-    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, units, L, scale, softmax_scale,
-    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
+    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, units, scale, softmax_scale,
+    L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr,
     STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
@@ -193,8 +193,8 @@ def column_backward_by_roles(
     gl.warp_specialize(
         [
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                          pair_full, pair_empty, head, index, programs, count, L, softmax_scale,
-                          BT, BDQ, BDV, NT, NQ, NKV, NP)),
+                          pair_full, pair_empty, head, index, programs, count, softmax_scale,
+                          L, BT, BDQ, BDV, NT, NQ, NKV, NP)),
             (_weights, (0, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,
                         pair_empty, count, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NKV, NP)),
             (_weights, (1, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,

@@ -24,8 +24,8 @@ from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit
 
 @gluon.jit
 def _bring(
-    Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
-    NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr,
+    Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
+    L: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(count):
@@ -44,9 +44,9 @@ def _bring(
 @gluon.jit
 def _attend(
     WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
-    L, S, H, scale,
-    BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
-    NQ: gl.constexpr, NC: gl.constexpr, GROUPS: gl.constexpr,
+    S, H, scale,
+    L: gl.constexpr, BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr,
+    NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Every GROUPS-th tile of queries from tile WHICH on."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
@@ -93,13 +93,14 @@ def _attend(
 
 @gluon.jit
 def column_forward_by_roles(
-    Q, K, V, O, LSE, S, H, h0, heads, programs, units, L, scale,
-    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr, REGISTERS: gl.constexpr,
+    Q, K, V, O, LSE, S, H, h0, heads, programs, units, scale,
+    L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """As `column_forward`, every `programs`-th of `units` columns.
 
-    NQ, NC: tiles of queries, and columns of keys, in shared memory at a time, multiples of GROUPS, but NC only where a group
-    has no tile of some columns: a barrier tells its last phase from the next alone.
+    NQ, NC: tiles of queries, and columns of keys, in shared memory at a time, multiples of GROUPS, but NC only where a
+    group has no tile of some columns: a barrier tells its last phase from the next alone.
     """
     GROUPS: gl.constexpr = 3
     BT: gl.constexpr = Q.block_shape[3]
@@ -121,12 +122,12 @@ def column_forward_by_roles(
     count = column_turns(index, programs, units)
     gl.warp_specialize(
         [
-            (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
-                       S, H, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-            (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
-                       S, H, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-            (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
-                       S, H, scale, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
+                       S, H, scale, L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
+                       S, H, scale, L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
+                       S, H, scale, L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
             (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
                       NT, NQ, NC)),
         ],

@@ -42,8 +42,8 @@ def _pair(m, far, BACK: gl.constexpr, NT: gl.constexpr):
 @gluon.jit
 def _bring(
     Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, first, programs,
-    count, L,
-    BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
+    count,
+    L: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
     DELTA_HERE: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
@@ -101,7 +101,7 @@ def _scores(
 def _keys(
     WHICH: gl.constexpr, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at,
     q_full, q_empty, kv_full, numbers_full, pair_full, pair_empty, old_full, old_empty,
-    b, head, first, programs, own, count, N, L, scale, softmax_scale,
+    b, head, first, programs, own, count, N, scale, softmax_scale, L: gl.constexpr,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
     NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
@@ -179,8 +179,8 @@ def _keys(
 @gluon.jit
 def _queries(
     DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
-    b, head, first, programs, own, count, N, L, softmax_scale,
-    BT: gl.constexpr, BDQ: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr,
+    b, head, first, programs, own, count, N, softmax_scale,
+    L: gl.constexpr, BT: gl.constexpr, BDQ: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr,
     NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dq of one tile after the other, from the gradients of scores of all tiles of keys that it sees."""
@@ -226,9 +226,9 @@ def _queries(
 
 @gluon.jit
 def narrow_backward_by_roles(
-    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, length, N, L, scale, softmax_scale,
-    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
-    NO: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr,
+    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, length, N, scale, softmax_scale,
+    L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
+    NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr,
     HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of every `programs`-th of `length`
@@ -280,14 +280,14 @@ def narrow_backward_by_roles(
     gl.warp_specialize(
         [
             (_queries, (DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
-                        b, head, first, programs, own, count, N, L, softmax_scale, BT, BDQ, BACK, NT, NKV, NP, GROUPS,
+                        b, head, first, programs, own, count, N, softmax_scale, L, BT, BDQ, BACK, NT, NKV, NP, GROUPS,
                         ADD)),
             (_keys, (0, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
                      numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, programs, own, count, N,
-                     L, scale, softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
+                     scale, softmax_scale, L, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_keys, (1, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
                      numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, programs, own, count, N,
-                     L, scale, softmax_scale, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
+                     scale, softmax_scale, L, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
                       b, head, first, programs, count, L, BACK, NT, NQ, NKV, NO, DELTA_HERE)),
             (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, count, N,

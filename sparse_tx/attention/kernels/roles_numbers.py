@@ -13,7 +13,7 @@ from sparse_tx.attention.kernels.tiles import LOG2E, column_unit
 
 
 @gluon.jit
-def place(m, b, first, programs, L, BT: gl.constexpr, NT: gl.constexpr):
+def place(m, b, first, programs, L: gl.constexpr, BT: gl.constexpr, NT: gl.constexpr):
     """Batch entry, column and row of the program's tile m: of a window (NT = 0) of batch entry b from tile `first` on,
     or of columns of NT tiles, of which it has every `programs`-th from `first` on.
     """
@@ -27,7 +27,7 @@ def place(m, b, first, programs, L, BT: gl.constexpr, NT: gl.constexpr):
 
 
 @gluon.jit
-def _loaded(LSE, DELTA, b, head, row, column, local, S, H, L, DELTA_HERE: gl.constexpr):
+def _loaded(LSE, DELTA, b, head, row, column, local, S, H, L: gl.constexpr, DELTA_HERE: gl.constexpr):
     """Log-sum-exp of a tile of queries, and delta unless it is made here; zero beyond the sequence."""
     rows = (row + local) * L + column
     of_head = (b.to(gl.int64) * H + head) * S
@@ -42,9 +42,9 @@ def _loaded(LSE, DELTA, b, head, row, column, local, S, H, L, DELTA_HERE: gl.con
 @gluon.jit
 def numbers(
     LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-    b, head, first, programs, count, S, H, L,
-    BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NO: gl.constexpr,
-    DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
+    b, head, first, programs, count, S, H,
+    L: gl.constexpr, BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr,
+    NO: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp in base 2 and delta of each tile of queries; those of the next are on their way.
 

@@ -137,7 +137,7 @@ def program(tiles, heads, HEAVY_LAST: tl.constexpr):
 
 
 @triton.jit
-def column_unit(turn, index, programs, L):
+def column_unit(turn, index, programs, L: tl.constexpr):
     """Batch entry and column that program `index`, of so many for each head, works on in its turn.
 
     Columns beside each other, of all heads, are worked on at a time: what is read and written then lies together.

@@ -203,8 +203,8 @@ def _along(
         units = B * chain.L
         turns = -(-units // max(1, most // groups))
         of_head = -(-units // turns)
-        constants = {"R": chain.R, "NEAR": chain.near, "NT": -(-chain.N // rows)}
-        return of_head * groups, (S, H, run.head, groups, of_head, units, chain.L), constants
+        of_columns = {"L": chain.L, "NEAR": chain.near, "NT": -(-chain.N // rows)}
+        return of_head * groups, (S, H, run.head, groups, of_head, units), {"R": chain.R, **of_columns}
     length, chunks = _chunks(-(-S // rows) - ahead, B * groups, halo, most)
     return chunks * B * groups, (S, H, run.head, groups, chunks, length), {"R": chain.R}
 
@@ -268,14 +268,13 @@ def _narrow_backward(
     q = tensors[0]
     programs, numbers, constants = _along(chain, run, q, ROLES_TILE, -(-chain.R // ROLES_TILE) + 2)
     if not chain.strided:
-        numbers, constants = (*numbers, chain.L), {**constants, "NEAR": 0, "NT": 0}
-    *numbers, L = numbers
+        constants |= {"L": 1, "NEAR": 0, "NT": 0}
     described = [
         rows_descriptor(t, chain, ROLES_TILE)._replace(gluon=True) if len(t.shape) == 4 else t for t in tensors
     ]
     return Launch(
         narrow_backward_by_roles, programs,
-        *described, *numbers, q.shape[1] // L, L, scale * LOG2E.value, scale,
+        *described, *numbers, q.shape[1] // chain.L, scale * LOG2E.value, scale,
         **constants, NQ=chosen.tiles, NKV=chosen.tiles, NP=chosen.pairs, NO=chosen.outputs,
         REGISTERS=chosen.registers, ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse,
         num_warps=4,

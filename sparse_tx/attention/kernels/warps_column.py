@@ -25,8 +25,8 @@ def _bring(X, x, full, b, r, head, NT: gl.constexpr):
 
 @gluon.jit
 def column_forward_by_warps(
-    Q, K, V, O, LSE, S, H, h0, groups, programs, units, L, scale,
-    NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
+    Q, K, V, O, LSE, S, H, h0, groups, programs, units, scale,
+    L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
     """As `column_forward`, every `programs`-th of `units` columns, of W heads. groups: of W heads."""
     W: gl.constexpr = Q.block_shape[2]
