@@ -228,8 +228,8 @@ def _queries(
 def narrow_backward_by_roles(
     Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, length, N, scale, softmax_scale,
     L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
-    NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr,
-    HAS_DLSE: gl.constexpr,
+    NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr,
+    STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of every `programs`-th of `length`
     columns of NT tiles, as `column_backward_by_roles`.
