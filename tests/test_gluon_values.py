@@ -200,6 +200,7 @@ BY_ROLES = [
     # More tiles than the gradients of queries fit the registers for.
     ([Window(400)], 700, 64, 64, torch.bfloat16, {WINDOW: 2, DELTA: 1}),
     ([Window(520)], 580, 64, 64, torch.float16, {WINDOW: 2, DELTA: 1}),
+    ([Window(700)], 800, 64, 64, torch.bfloat16, {WINDOW: 3, DELTA: 1}),
     ([Window(320) | Column(320)], 640, 64, 64, torch.bfloat16, {WINDOW: 2, DELTA: 0}),
     ([Window(300)], 500, 32, 32, torch.bfloat16, {WINDOW: 2, NARROW: 0, DELTA: 1}),
     ([Window(30)] * 2, 200, 32, 32, torch.bfloat16, {NARROW: 1, DELTA: 0}),

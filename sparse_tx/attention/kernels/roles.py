@@ -58,13 +58,16 @@ def _rows(t, begin, own, S, BT: gl.constexpr, AHEAD: gl.constexpr):
 @gluon.jit
 def _bring_old(
     DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count, S,
-    AHEAD: gl.constexpr, ADD: gl.constexpr,
+    AHEAD: gl.constexpr, ADD: gl.constexpr, LACK: gl.constexpr,
 ):  # fmt: skip
     """Gradients of another part, to which these are added; by a warp of its own, or the tiles above would wait too."""
     if ADD:
         BT: gl.constexpr = DQ.block_shape[2]
         for t in range(count):
             of_keys, of_queries = _rows(t, begin, own, S, BT, AHEAD)
+            if LACK > 0:  # zeros are brought from beyond the end
+                of_keys = gl.where(begin + t < (S + BT - 1) // BT - LACK, of_keys, S)
+                of_queries = gl.where(begin + t >= LACK - AHEAD, of_queries, S)
             mbarrier.wait(old_empty.index(0), (t & 1) ^ 1)
             mbarrier.expect(old_full.index(0), 2 * BT * (2 * DQ.block_shape[3] + DV.block_shape[3]))
             tma.async_copy_global_to_shared(DQ, [b, head, of_queries, 0], old_full.index(0), dq_at)
@@ -174,15 +177,16 @@ def _gradients(
 def window_backward_by_roles(
     Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale, log2e,
     R: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
-    REGISTERS: gl.constexpr, ADD: gl.constexpr,
+    REGISTERS: gl.constexpr, ADD: gl.constexpr, LACK: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles, as `window_backward`; LSE and DELTA are pointers.
 
     AHEAD, BACK: a tile of keys is seen here by the queries AHEAD to AHEAD + BACK tiles later; a window that reaches
-    back farther takes several of these passes. NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared memory
-    at a time. REGISTERS: of a thread that makes weights; the group that makes gradients has the rest. log2e: a number
-    that the compiler does not know, or it would multiply by it as soon as a log-sum-exp is asked for, and wait for
-    that.
+    back farther takes several of these passes. LACK: what is added to lacks the first tiles of queries and the last of
+    keys, so many: an earlier pass was LACK tiles ahead. NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared
+    memory at a time. REGISTERS: of a thread that makes weights; the group that makes gradients has the rest. log2e: a
+    number that the compiler does not know, or it would multiply by it as soon as a log-sum-exp is asked for, and wait
+    for that.
     """
     BT: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]
@@ -225,7 +229,7 @@ def window_backward_by_roles(
             (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, begin, count,
                       BACK, AHEAD, NQ, NKV)),
             (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count, S,
-                          AHEAD, ADD)),
+                          AHEAD, ADD, LACK)),
         ],
         [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24],
     )  # fmt: skip

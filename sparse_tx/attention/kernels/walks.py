@@ -230,12 +230,16 @@ def _forward_by_roles(
 def _window_by_roles(
     chain: Chain, run: Run, chosen: Roles, add: bool, tensors: Sequence[Operand], scale: float
 ) -> list[Launch]:
-    """As many passes as it takes, each over keys farther back than those of the one before."""
+    """As many passes as it takes, that over the farthest keys first.
+
+    Sums are rounded to 16 bits between passes. The greatest are gradients of values at the beginning, mostly of queries
+    near to them: added last, they are rounded once.
+    """
     q, k, v, _, lse, dout, _, delta, *gradients = tensors
     by_tiles = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) for t in (q, k, v, dout, *gradients)]
     tiles = -(-chain.R // ROLES_TILE) + 1
-    launches = []
-    for ahead in range(0, tiles, chosen.back + 1):
+    launches: list[Launch] = []
+    for ahead in reversed(range(0, tiles, chosen.back + 1)):
         back = min(chosen.back, tiles - ahead - 1)
         # The tiles that a walk begins with, and some two to begin and to end.
         programs, numbers, constants = _along(chain, run, q, ROLES_TILE, back + 2, ahead=ahead)
@@ -243,7 +247,8 @@ def _window_by_roles(
             window_backward_by_roles, programs,
             *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale, LOG2E.value,
             **constants, BACK=back, AHEAD=ahead, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs,
-            REGISTERS=chosen.registers, ADD=add or ahead > 0, num_warps=4,
+            REGISTERS=chosen.registers, ADD=add or bool(launches),
+            LACK=ahead + chosen.back + 1 if launches and not add else 0, num_warps=4,
         )  # fmt: skip
         launches.append(launch)
     return launches
