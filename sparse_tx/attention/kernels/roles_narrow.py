@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_tx.attention.kernels.pairs import two_tiles, written
 from sparse_tx.attention.kernels.roles_numbers import numbers, place
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import column_turns, pair_is_masked, pair_seen, program
+from sparse_tx.attention.kernels.tiles import pair_is_masked, pair_seen, program
 
 
 @gluon.jit
@@ -41,8 +41,7 @@ def _pair(m, far, BACK: gl.constexpr, NT: gl.constexpr):
 
 @gluon.jit
 def _bring(
-    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, first, programs,
-    count,
+    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, b, head, first, count,
     L: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
     DELTA_HERE: gl.constexpr,
 ):  # fmt: skip
@@ -51,10 +50,10 @@ def _bring(
     for i in range(count + BACK):
         m = i - BACK
         if m >= 0:
-            of, column, row = place(m, b, first, programs, L, BT, NT)
+            of, column, row = place(m, b, first, 1, L, BT, NT)
             two_tiles(K, V, k, v, kv_full, kv_empty, of, head, column, row, m, NKV)
         if i < tiles:
-            of, column, row = place(i, b, first, programs, L, BT, NT)
+            of, column, row = place(i, b, first, 1, L, BT, NT)
             two_tiles(Q, G, q, g, q_full, q_empty, of, head, column, row, i, NQ)
             if DELTA_HERE:
                 at = i % NO
@@ -101,7 +100,7 @@ def _scores(
 def _keys(
     WHICH: gl.constexpr, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at,
     q_full, q_empty, kv_full, numbers_full, pair_full, pair_empty, old_full, old_empty,
-    b, head, first, programs, own, count, N, scale, softmax_scale, L: gl.constexpr,
+    b, head, first, own, count, N, scale, softmax_scale, L: gl.constexpr,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
     NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
@@ -168,7 +167,7 @@ def _keys(
             written(dk_at.index(WHICH), dk * softmax_scale, ADD)
             written(dv_at.index(WHICH), dv, ADD)
             fence_async_shared()
-            of, column, row = place(m, b, first, programs, L, BT, NT)
+            of, column, row = place(m, b, first, 1, L, BT, NT)
             if NT == 0:
                 row = gl.where(first + m >= own, row, N)  # a tile of another program is stored beyond the end
             tma.async_copy_shared_to_global(DK, [of, head, column, row, 0], dk_at.index(WHICH))
@@ -179,7 +178,7 @@ def _keys(
 @gluon.jit
 def _queries(
     DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
-    b, head, first, programs, own, count, N, softmax_scale,
+    b, head, first, own, count, N, softmax_scale,
     L: gl.constexpr, BT: gl.constexpr, BDQ: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr,
     NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
@@ -217,7 +216,7 @@ def _queries(
             tma.store_wait(0)
         written(dq_at, dq * softmax_scale, ADD)
         fence_async_shared()
-        of, column, row = place(i, b, first, programs, L, BT, NT)
+        of, column, row = place(i, b, first, 1, L, BT, NT)
         if NT == 0:
             row = gl.where(first + i >= own, row, N)
         tma.async_copy_shared_to_global(DQ, [of, head, column, row, 0], dq_at)
@@ -231,8 +230,8 @@ def narrow_backward_by_roles(
     NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr,
     STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of every `programs`-th of `length`
-    columns of NT tiles, as `column_backward_by_roles`.
+    """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of a share of `length` columns of NT
+    tiles, as `column_backward_by_roles`; here neighbours are a program's own.
 
     N: entries of a sequence or column. LSE, DLSE, DELTA: pointers to (B, H, S). NQ, NKV, NP, NO: tiles of queries and
     of keys, pairs, and tiles of the output, in shared memory at a time; the first three are multiples of those of two
@@ -274,26 +273,27 @@ def narrow_backward_by_roles(
         first = gl.maximum(own - BACK, 0)
         count = gl.minimum(own + length, (N + BT - 1) // BT) - first
     else:
-        own = index
-        first = index
-        count = column_turns(index, programs, length) * NT
+        share = gl.cdiv(length, programs)
+        own = index * share
+        first = own
+        count = gl.minimum(share, length - own) * NT
     gl.warp_specialize(
         [
             (_queries, (DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
-                        b, head, first, programs, own, count, N, softmax_scale, L, BT, BDQ, BACK, NT, NKV, NP, GROUPS,
+                        b, head, first, own, count, N, softmax_scale, L, BT, BDQ, BACK, NT, NKV, NP, GROUPS,
                         ADD)),
             (_keys, (0, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
-                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, programs, own, count, N,
+                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N,
                      scale, softmax_scale, L, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_keys, (1, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
-                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, programs, own, count, N,
+                     numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N,
                      scale, softmax_scale, L, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
-                      b, head, first, programs, count, L, BACK, NT, NQ, NKV, NO, DELTA_HERE)),
+                      b, head, first, count, L, BACK, NT, NQ, NKV, NO, DELTA_HERE)),
             (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, count, N,
                           GROUPS, ADD)),
             (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-                       b, head, first, programs, count, S, H, L, BT, BDV, BACK, NT, NQ, NO,
+                       b, head, first, 1, count, S, H, L, BT, BDV, BACK, NT, NQ, NO,
                        DELTA_HERE, STORE_DELTA, HAS_DLSE)),
         ],
         [4, 4, 1, 1, 2], [REGISTERS, REGISTERS, 40, 40, 40],

@@ -9,19 +9,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from sparse_tx.attention.kernels.tiles import LOG2E, column_unit
+from sparse_tx.attention.kernels.tiles import LOG2E
 
 
 @gluon.jit
-def place(m, b, first, programs, L: gl.constexpr, BT: gl.constexpr, NT: gl.constexpr):
+def place(m, b, first, step, L: gl.constexpr, BT: gl.constexpr, NT: gl.constexpr):
     """Batch entry, column and row of the program's tile m: of a window (NT = 0) of batch entry b from tile `first` on,
-    or of columns of NT tiles, of which it has every `programs`-th from `first` on.
+    or of columns of NT tiles, counted over all batch entries, of which it has every `step`-th from `first` on.
     """
     if NT == 0:
         column = 0
         row = (first + m) * BT
     else:
-        b, column = column_unit(m // NT, first, programs, L)
+        unit = first + m // NT * step
+        b, column = unit // L, unit % L
         row = m % NT * BT
     return b, column, row
 
@@ -42,7 +43,7 @@ def _loaded(LSE, DELTA, b, head, row, column, local, S, H, L: gl.constexpr, DELT
 @gluon.jit
 def numbers(
     LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-    b, head, first, programs, count, S, H,
+    b, head, first, step, count, S, H,
     L: gl.constexpr, BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr,
     NO: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
@@ -56,13 +57,13 @@ def numbers(
     local = gl.arange(0, BT, flat)
     of_block = gl.arange(0, ROWS, gl.SliceLayout(1, block))
     tiles = count + (BACK if NT == 0 else 0)
-    of, column, row = place(0, b, first, programs, L, BT, NT)
+    of, column, row = place(0, b, first, step, L, BT, NT)
     lse, delta = _loaded(LSE, DELTA, of, head, row, column, local, S, H, L, DELTA_HERE)
     for i in range(tiles):
         at = i % NQ
-        of, column, row = place(gl.minimum(i + 1, tiles - 1), b, first, programs, L, BT, NT)
+        of, column, row = place(gl.minimum(i + 1, tiles - 1), b, first, step, L, BT, NT)
         next_lse, next_delta = _loaded(LSE, DELTA, of, head, row, column, local, S, H, L, DELTA_HERE)
-        of, column, row = place(i, b, first, programs, L, BT, NT)
+        of, column, row = place(i, b, first, step, L, BT, NT)
         of_head = (of.to(gl.int64) * H + head) * S
         mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
         lse_at.index(at).store(lse * LOG2E)
