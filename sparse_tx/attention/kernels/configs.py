@@ -162,7 +162,7 @@ def _pass(back: int, Dqk: int, Dv: int, outputs: int = 0) -> Roles | None:
 
 
 # Widths of heads whose columns of two to four tiles go by roles. Audio's column of 256 entries, us on an H200, forward
-# and backward with delta: 90, 226 (125, 335 by tiles of their own); ImageNet64's of 96, heads 32 wide, 233 (190).
+# and backward with delta: 80, 189 (125, 335 by tiles of their own); ImageNet64's of 96, heads 32 wide, 233 (190).
 ROLES_COLUMNS: set[tuple[int, int]] = {(64, 64)}
 
 
@@ -237,10 +237,11 @@ def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
 
 
 BLOCK_ROWS = 16  # queries or keys of a block of warps that work alone
-# (kernel, part, Dqk, Dv) -> Warps, of 16 bits, where roles do not take it. Forward, us as walks and by warps that work
-# alone: on an H200 ImageNet64's window 136, 99, its column 100, 74 (79 with four warps a program); on an H100
-# CIFAR-10's column 33.2, 32.2, that of 8 heads 80, 77. Backward they lost on an H100: ImageNet64's window 267, by roles
-# 226; its column 203, as a walk 198, with loops that are not unrolled 209.
+# (kernel, part, Dqk, Dv) -> Warps, of 16 bits, where roles do not take it. Forward, us as walks and by warps that
+# work alone: on an H200 ImageNet64's window 136, 99, its column 100, 74 (79 with four warps a program), its window
+# beside the column 113 with two heads a program, 106 with one, 118 with two warps that share the keys of one; on an
+# H100 CIFAR-10's column 33.2, 32.2, that of 8 heads 80, 77. Backward they lost on an H100: ImageNet64's window 267,
+# by roles 226; its column 203, as a walk 198, with loops that are not unrolled 209.
 WARPS: dict[tuple[str, str, int, int], Warps] = {
     ("forward", "window", 32, 32): Warps(1, 8),
     ("forward", "column", 32, 32): Warps(2, 4),

@@ -4,7 +4,7 @@ Products of heads 32 wide are so short that shared memory, not the tensor cores,
 come from it. Two groups of four warps therefore own tiles of keys and have all they can in registers: scores are made
 with keys in rows, so that weights and gradients of scores are operands of dv and dk as they lie. Only the latter go
 through shared memory, to a third group, which makes dq of them, query by query. One warp brings tiles by the copy
-engine, two more log-sum-exp and delta.
+engine, another the gradients of another part, two more log-sum-exp and delta.
 
 The same kernel takes windows and short columns. Names: m counts the program's tiles of keys, i its tiles of queries: of
 tile m those are i = m + far. Of a window queries see BACK tiles back, and a group has every second tile; a column has
