@@ -223,6 +223,15 @@ def test_roles_launch_what_they_should_and_are_as_near_the_truth_as_dense_torch(
     assert all(map(torch.equal, found, attention(*given, patterns)))
 
 
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(257, 1300), st.integers(64, 300), st.sampled_from([32, 64]), st.booleans())
+def test_windows_of_any_number_of_passes(attention, R, quads, D, merged):
+    """Also longer than the sequence, and than passes are taken for."""
+    S = 4 * quads
+    patterns = [Window(R) | Column(4)] if merged else [Window(R)]
+    near_the_truth(attention, inputs(patterns, S, D, D, torch.bfloat16), patterns, torch.bfloat16)
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
 def test_roles_that_overtake_each_other_write_the_same_bits(attention, pauses, case):
     given = inputs(*case)
