@@ -10,6 +10,7 @@ that overlap only a GPU can show. Numbers are Python's: none overflows, and divi
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import threading
 import time
@@ -241,6 +242,7 @@ class Descriptor:
 
     def __init__(self, given):
         self.base, self.block_shape = given.base, list(given.block_shape)
+        self.block_type = SimpleNamespace(nbytes=math.prod(self.block_shape) * given.base.element_size())
         self.shape, self.strides = list(given.shape), list(given.strides)
         self.tensor = torch.as_strided(given.base, self.shape, self.strides)
         self.dtype, self.layout = given.base.dtype, getattr(given, "layout", None)

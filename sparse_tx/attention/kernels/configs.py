@@ -33,8 +33,8 @@ class Roles(NamedTuple):
     keys: int  # tiles
     pairs: int  # of tiles, weights and gradients of scores
     registers: int  # of a thread that makes weights
-    back: int = 0  # tiles that a pass over a window reaches back, beyond its first
-    outputs: int = 0  # tiles, of columns
+    back: int  # tiles that a pass over a window reaches back, beyond its first
+    outputs: int  # tiles, of columns
 
 
 class NarrowRoles(NamedTuple):
@@ -146,7 +146,7 @@ def _pass(back: int, Dqk: int, Dv: int, outputs: int = 0) -> Roles | None:
     accumulators = (Dqk * (back + 2) + Dv) // 2
     others = 40 if outputs else 24
     registers = min(128, (512 - others - accumulators - 40) // 2 // 8 * 8)
-    if not 1 <= back <= MOST_BACK or registers < (104 if outputs else 112):
+    if not 1 <= back <= MOST_BACK or registers < 112:
         return None
     tile, pair = 2 * ROLES_TILE * (Dqk + Dv), 4 * ROLES_TILE**2
     # With one tile each of gradients on their way out.

@@ -9,20 +9,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-
-@gluon.jit
-def two_tiles(X, Y, x, y, full, empty, b, head, column, row, turn, PLACES: gl.constexpr):
-    """Brings a tile of X and one of Y, (B, H, L, N, D) by descriptor, into the place of this turn."""
-    at = turn % PLACES
-    mbarrier.wait(empty.index(at), (turn // PLACES & 1) ^ 1)
-    mbarrier.expect(full.index(at), 2 * X.block_shape[3] * (X.block_shape[4] + Y.block_shape[4]))
-    tma.async_copy_global_to_shared(X, [b, head, column, row, 0], full.index(at), x.index(at))
-    tma.async_copy_global_to_shared(Y, [b, head, column, row, 0], full.index(at), y.index(at))
 
 
 @gluon.jit

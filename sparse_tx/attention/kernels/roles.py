@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparse_tx.attention.kernels.pairs import leave_weights, numbers_of, scores_of, written
-from sparse_tx.attention.kernels.shared_memory import barriers
+from sparse_tx.attention.kernels.shared_memory import barriers, bring_two
 
 
 @gluon.jit
@@ -29,22 +29,11 @@ def _bring(
     BACK: gl.constexpr, AHEAD: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[2]
-    BYTES: gl.constexpr = 2 * BT * (Q.block_shape[3] + V.block_shape[3])
     for i in range(count + BACK):
         t = i - BACK
         if t >= 0:
-            at = t % NKV
-            row = (begin + t) * BT
-            mbarrier.wait(kv_empty.index(at), (t // NKV & 1) ^ 1)
-            mbarrier.expect(kv_full.index(at), BYTES)
-            tma.async_copy_global_to_shared(K, [b, head, row, 0], kv_full.index(at), k.index(at))
-            tma.async_copy_global_to_shared(V, [b, head, row, 0], kv_full.index(at), v.index(at))
-        here = i % NQ
-        first = (begin + AHEAD + i) * BT
-        mbarrier.wait(q_empty.index(here), (i // NQ & 1) ^ 1)
-        mbarrier.expect(q_full.index(here), BYTES)
-        tma.async_copy_global_to_shared(Q, [b, head, first, 0], q_full.index(here), q.index(here))
-        tma.async_copy_global_to_shared(G, [b, head, first, 0], q_full.index(here), g.index(here))
+            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, (begin + t) * BT, 0], t, NKV)
+        bring_two(Q, G, q, g, q_full, q_empty, [b, head, (begin + AHEAD + i) * BT, 0], i, NQ)
 
 
 @gluon.jit

@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.pairs import leave_weights, scores_of, two_tiles, written
+from sparse_tx.attention.kernels.pairs import leave_weights, scores_of, written
 from sparse_tx.attention.kernels.roles_numbers import numbers
-from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import column_turns, column_unit
+from sparse_tx.attention.kernels.shared_memory import barriers, bring, bring_two
+from sparse_tx.attention.kernels.tiles import column_program, column_unit
 
 
 @gluon.jit
@@ -54,16 +54,12 @@ def _bring(
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(count):
         b, column = column_unit(c, index, programs, L)
-        two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, 0, c * NT, NKV)
+        bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, 0, 0], c * NT, NKV)
         for i in gl.static_range(NT):
-            turn = c * NT + i
-            two_tiles(Q, G, q, g, q_full, q_empty, b, head, column, i * BT, turn, NQ)
-            at = turn % NO
-            mbarrier.wait(o_empty.index(at), (turn // NO & 1) ^ 1)
-            mbarrier.expect(o_full.index(at), 2 * BT * O.block_shape[4])
-            tma.async_copy_global_to_shared(O, [b, head, column, i * BT, 0], o_full.index(at), o.index(at))
+            bring_two(Q, G, q, g, q_full, q_empty, [b, head, column, i * BT, 0], c * NT + i, NQ)
+            bring(O, o, o_full, o_empty, [b, head, column, i * BT, 0], c * NT + i, NO)
         for t in gl.static_range(1, NT):
-            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, t * BT, c * NT + t, NKV)
+            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, t * BT, 0], c * NT + t, NKV)
 
 
 @gluon.jit
@@ -186,10 +182,8 @@ def column_backward_by_roles(
     pair_full, pair_empty = barriers(NP), barriers(NP)
     numbers_full = barriers(NQ)
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % heads
-    index = pid // heads
-    count = column_turns(index, programs, units)
+    h, index, count = column_program(heads, programs, units)
+    head = h0 + h
     gl.warp_specialize(
         [
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,

@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.pairs import only_seen, softmax_step, two_tiles
-from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit
+from sparse_tx.attention.kernels.pairs import only_seen, softmax_step
+from sparse_tx.attention.kernels.shared_memory import barriers, bring, bring_two
+from sparse_tx.attention.kernels.tiles import LN2, column_program, column_unit
 
 
 @gluon.jit
@@ -32,13 +32,9 @@ def _bring(
         b, column = column_unit(c, index, programs, L)
         # All keys first: no queries are looked at before all keys of their column are there.
         for t in gl.static_range(NT):
-            two_tiles(K, V, k, v, kv_full, kv_empty, b, head, column, t * BT, c * NT + t, NC * NT)
+            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, t * BT, 0], c * NT + t, NC * NT)
         for i in gl.static_range(NT):
-            turn = c * NT + i
-            here = turn % NQ
-            mbarrier.wait(q_empty.index(here), (turn // NQ & 1) ^ 1)
-            mbarrier.expect(q_full.index(here), 2 * BT * Q.block_shape[4])
-            tma.async_copy_global_to_shared(Q, [b, head, column, i * BT, 0], q_full.index(here), q.index(here))
+            bring(Q, q, q_full, q_empty, [b, head, column, i * BT, 0], c * NT + i, NQ)
 
 
 @gluon.jit
@@ -116,10 +112,8 @@ def column_forward_by_roles(
     for at in gl.static_range(NC * NT):
         mbarrier.init(kv_empty.index(at), count=NT - at % NT)  # the tiles of queries that see it
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % heads
-    index = pid // heads
-    count = column_turns(index, programs, units)
+    h, index, count = column_program(heads, programs, units)
+    head = h0 + h
     gl.warp_specialize(
         [
             (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,

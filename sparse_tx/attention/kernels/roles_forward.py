@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparse_tx.attention.kernels.pairs import only_seen, softmax_step
-from sparse_tx.attention.kernels.shared_memory import barriers
+from sparse_tx.attention.kernels.shared_memory import barriers, bring, bring_two
 from sparse_tx.attention.kernels.tiles import LN2, LOG2E
 
 
@@ -31,16 +31,8 @@ def _bring(
     for t in range(count + BACK):
         i = t - BACK
         if i >= 0:
-            here = i % NQ
-            mbarrier.wait(q_empty.index(here), (i // NQ & 1) ^ 1)
-            mbarrier.expect(q_full.index(here), 2 * BT * Q.block_shape[3])
-            tma.async_copy_global_to_shared(Q, [b, head, (own + i) * BT, 0], q_full.index(here), q.index(here))
-        at = t % NKV
-        start = (own - BACK + t) * BT
-        mbarrier.wait(kv_empty.index(at), (t // NKV & 1) ^ 1)
-        mbarrier.expect(kv_full.index(at), 2 * BT * (K.block_shape[3] + V.block_shape[3]))
-        tma.async_copy_global_to_shared(K, [b, head, start, 0], kv_full.index(at), k.index(at))
-        tma.async_copy_global_to_shared(V, [b, head, start, 0], kv_full.index(at), v.index(at))
+            bring(Q, q, q_full, q_empty, [b, head, (own + i) * BT, 0], i, NQ)
+        bring_two(K, V, k, v, kv_full, kv_empty, [b, head, (own - BACK + t) * BT, 0], t, NKV)
 
 
 @gluon.jit
@@ -49,10 +41,7 @@ def _bring_old(O, o, o_full, o_empty, b, head, own, count, GROUPS: gl.constexpr,
     if MERGE:
         BT: gl.constexpr = O.block_shape[2]
         for i in range(count):
-            mine = i % GROUPS
-            mbarrier.wait(o_empty.index(mine), (i // GROUPS & 1) ^ 1)
-            mbarrier.expect(o_full.index(mine), 2 * BT * O.block_shape[3])
-            tma.async_copy_global_to_shared(O, [b, head, (own + i) * BT, 0], o_full.index(mine), o.index(mine))
+            bring(O, o, o_full, o_empty, [b, head, (own + i) * BT, 0], i, GROUPS)
 
 
 @gluon.jit

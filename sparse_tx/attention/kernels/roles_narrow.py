@@ -22,9 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparse_tx.attention.kernels.pairs import two_tiles, written
+from sparse_tx.attention.kernels.pairs import written
 from sparse_tx.attention.kernels.roles_numbers import numbers, place
-from sparse_tx.attention.kernels.shared_memory import barriers
+from sparse_tx.attention.kernels.shared_memory import barriers, bring, bring_two
 from sparse_tx.attention.kernels.tiles import pair_is_masked, pair_seen, program
 
 
@@ -51,15 +51,12 @@ def _bring(
         m = i - BACK
         if m >= 0:
             of, column, row = place(m, b, first, 1, L, BT, NT)
-            two_tiles(K, V, k, v, kv_full, kv_empty, of, head, column, row, m, NKV)
+            bring_two(K, V, k, v, kv_full, kv_empty, [of, head, column, row, 0], m, NKV)
         if i < tiles:
             of, column, row = place(i, b, first, 1, L, BT, NT)
-            two_tiles(Q, G, q, g, q_full, q_empty, of, head, column, row, i, NQ)
+            bring_two(Q, G, q, g, q_full, q_empty, [of, head, column, row, 0], i, NQ)
             if DELTA_HERE:
-                at = i % NO
-                mbarrier.wait(o_empty.index(at), (i // NO & 1) ^ 1)
-                mbarrier.expect(o_full.index(at), 2 * BT * O.block_shape[4])
-                tma.async_copy_global_to_shared(O, [of, head, column, row, 0], o_full.index(at), o.index(at))
+                bring(O, o, o_full, o_empty, [of, head, column, row, 0], i, NO)
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from sparse_tx.attention.kernels.tiles import LOG2E
+from sparse_tx.attention.kernels.tiles import LOG2E, column_unit
 
 
 @gluon.jit
@@ -21,8 +21,7 @@ def place(m, b, first, step, L: gl.constexpr, BT: gl.constexpr, NT: gl.constexpr
         column = 0
         row = (first + m) * BT
     else:
-        unit = first + m // NT * step
-        b, column = unit // L, unit % L
+        b, column = column_unit(m // NT, first, step, L)
         row = m % NT * BT
     return b, column, row
 

@@ -1,4 +1,6 @@
-"""What kernels in Gluon share: barriers in shared memory, and descriptors, which say how a block lies there."""
+"""What kernels in Gluon share: barriers in shared memory, copies to places between them, and descriptors, which say how
+a block lies there.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
@@ -20,6 +22,25 @@ def barriers(N: gl.constexpr):
     for i in gl.static_range(N):
         mbarrier.init(bars.index(i), count=1)
     return bars
+
+
+@gluon.jit
+def bring(X, x, full, empty, coordinates, turn, PLACES: gl.constexpr):
+    """Has the copy engine bring a block of X to the place of this turn, as soon as that is free."""
+    at = turn % PLACES
+    mbarrier.wait(empty.index(at), (turn // PLACES & 1) ^ 1)
+    mbarrier.expect(full.index(at), X.block_type.nbytes)
+    tma.async_copy_global_to_shared(X, coordinates, full.index(at), x.index(at))
+
+
+@gluon.jit
+def bring_two(X, Y, x, y, full, empty, coordinates, turn, PLACES: gl.constexpr):
+    """As `bring`, of X and of Y, which have their places together."""
+    at = turn % PLACES
+    mbarrier.wait(empty.index(at), (turn // PLACES & 1) ^ 1)
+    mbarrier.expect(full.index(at), X.block_type.nbytes + Y.block_type.nbytes)
+    tma.async_copy_global_to_shared(X, coordinates, full.index(at), x.index(at))
+    tma.async_copy_global_to_shared(Y, coordinates, full.index(at), y.index(at))
 
 
 @functools.cache

@@ -137,16 +137,19 @@ def program(tiles, heads, HEAVY_LAST: tl.constexpr):
 
 
 @triton.jit
-def column_unit(turn, index, programs, L: tl.constexpr):
-    """Batch entry and column that program `index`, of so many for each head, works on in its turn.
+def column_program(heads, programs, units):
+    """Head and index of this program, of so many for each head, and how many of `units` columns it has.
 
-    Columns beside each other, of all heads, are worked on at a time: what is read and written then lies together.
+    It has every `programs`-th: columns beside each other, of all heads, are worked on at a time, and what is read and
+    written then lies together.
     """
-    unit = turn * programs + index
-    return unit // L, unit % L
+    pid = tl.program_id(0)
+    index = pid // heads
+    return pid % heads, index, tl.cdiv(units - index, programs)
 
 
 @triton.jit
-def column_turns(index, programs, units):
-    """Of program `index` of so many, that have `units` columns of all batch entries."""
-    return tl.cdiv(units - index, programs)
+def column_unit(turn, first, step, L: tl.constexpr):
+    """Batch entry and column of a turn, where every `step`-th column of all batch entries is taken from `first` on."""
+    unit = turn * step + first
+    return unit // L, unit % L

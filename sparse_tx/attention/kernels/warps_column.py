@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit, pair_is_masked, pair_seen
+from sparse_tx.attention.kernels.tiles import LN2, column_program, column_unit, pair_is_masked, pair_seen
 
 
 @gluon.jit
@@ -43,15 +43,14 @@ def column_forward_by_warps(
     o = gl.allocate_shared_memory(dtype, [NT, 1, 1, W, T, BDV], O.layout)
     full = barriers(1)
     fence_async_shared()
-    pid = gl.program_id(0)
-    head = h0 + pid % groups * W
-    index = pid // groups
+    group, index, count = column_program(groups, programs, units)
+    head = h0 + group * W
     rows = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     heads = head + gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     query = rows[None, :, None]
     key = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     zero = gl.zeros([W, T, T], gl.float32, layout)
-    for i in range(column_turns(index, programs, units)):
+    for i in range(count):
         b, r = column_unit(i, index, programs, L)
         of_heads = ((b.to(gl.int64) * H + heads.to(gl.int64)) * S)[:, None]
         tma.store_wait(0)
