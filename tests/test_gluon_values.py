@@ -191,16 +191,20 @@ def test_any_shape_and_any_heads_as_an_h100_runs_them(monkeypatch, attention, da
 
 
 WINDOW, COLUMN, NARROW = "window_backward_by_roles", "column_backward_by_roles", "narrow_backward_by_roles"
-DELTA, COLUMN_FORWARD = "attention_delta", "column_forward_by_roles"
+WINDOW_FORWARD, COLUMN_FORWARD, DELTA = "window_forward_by_roles", "column_forward_by_roles", "attention_delta"
 BY_ROLES = [
     ([Column(6)] * 2, 6 * 256, 64, 64, torch.bfloat16, {COLUMN_FORWARD: 1, COLUMN: 1, DELTA: 0}),
     ([Column(8, reach=70)], 8 * 150, 64, 64, torch.float16, {COLUMN_FORWARD: 1, COLUMN: 1, DELTA: 0}),
     ([Column(5)], 5 * 128, 64, 64, torch.bfloat16, {COLUMN_FORWARD: 1, COLUMN: 1, DELTA: 0}),
+    ([Column(3, reach=300)], 3 * 380, 64, 64, torch.bfloat16, {COLUMN_FORWARD: 1, COLUMN: 2, DELTA: 0}),
+    ([Column(2)], 2 * 510, 64, 64, torch.float16, {COLUMN_FORWARD: 1, COLUMN: 2, DELTA: 0}),
+    ([Column(2)], 2 * 600, 64, 64, torch.float16, {COLUMN_FORWARD: 1, COLUMN: 3, DELTA: 0}),
+    ([Window(4) | Column(4)], 4 * 260, 64, 64, torch.bfloat16, {COLUMN_FORWARD: 1, COLUMN: 2, DELTA: 0}),
     ([Window(12) | Column(12), Column(12)], 12 * 100, 64, 64, torch.bfloat16, {COLUMN_FORWARD: 2, COLUMN: 2, DELTA: 0}),
     # More tiles than the gradients of queries fit the registers for.
-    ([Window(400)], 700, 64, 64, torch.bfloat16, {WINDOW: 2, DELTA: 1}),
-    ([Window(520)], 580, 64, 64, torch.float16, {WINDOW: 2, DELTA: 1}),
-    ([Window(700)], 800, 64, 64, torch.bfloat16, {WINDOW: 3, DELTA: 1}),
+    ([Window(400)], 700, 64, 64, torch.bfloat16, {WINDOW_FORWARD: 1, WINDOW: 2, DELTA: 1}),
+    ([Window(520)], 580, 64, 64, torch.float16, {WINDOW_FORWARD: 1, WINDOW: 2, DELTA: 1}),
+    ([Window(700)], 800, 64, 64, torch.bfloat16, {WINDOW_FORWARD: 0, WINDOW: 3, DELTA: 1}),
     ([Window(320) | Column(320)], 640, 64, 64, torch.bfloat16, {WINDOW: 2, DELTA: 0}),
     ([Window(300)], 500, 32, 32, torch.bfloat16, {WINDOW: 2, NARROW: 0, DELTA: 1}),
     ([Window(30)] * 2, 200, 32, 32, torch.bfloat16, {NARROW: 1, DELTA: 0}),

@@ -161,25 +161,23 @@ def _pass(back: int, Dqk: int, Dv: int, outputs: int = 0) -> Roles | None:
     return None
 
 
-# Widths of heads whose columns of two to four tiles go by roles. Audio's column of 256 entries, us on an H200, forward
-# and backward with delta: 80, 189 (125, 335 by tiles of their own); ImageNet64's of 96, heads 32 wide, 233 (190).
-ROLES_COLUMNS: set[tuple[int, int]] = {(64, 64)}
-
-
-def _column_tiles(N: int, Dqk: int, Dv: int) -> int:
-    """Of a column that goes by roles; 0 where it does not."""
-    tiles = -(-N // ROLES_TILE)
-    return tiles if (Dqk, Dv) in ROLES_COLUMNS and 2 <= tiles <= 4 else 0
+# Widths of heads whose columns of two tiles and more go by roles, and the most passes over them backwards. Audio's
+# column of 256 entries, us on an H200, forward and backward with delta: 80, 189 (125, 335 by tiles of their own);
+# ImageNet64's of 96, heads 32 wide, 233 (190).
+ROLES_COLUMNS: dict[tuple[int, int], int] = {(64, 64): 4}
 
 
 def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
     """As `roles`, for columns of N entries."""
-    if not (tiles := _column_tiles(N, Dqk, Dv)):
+    tiles = -(-N // ROLES_TILE)
+    if tiles < 2:
         return None
-    found = _pass(tiles - 1, Dqk, Dv, 2) or _pass(tiles - 1, Dqk, Dv, 1)
-    if found is None or found.queries <= tiles:
-        return None
-    return found._replace(registers=found.registers - 8)  # four tiles of dq spill else
+    for passes in range(1, ROLES_COLUMNS.get((Dqk, Dv), 0) + 1):
+        own = -(-tiles // passes)
+        found = _pass(own - 1, Dqk, Dv, 2) or _pass(own - 1, Dqk, Dv, 1)
+        if found is not None and found.queries > own:
+            return found._replace(registers=found.registers - 8)  # four tiles of dq spill else
+    return None
 
 
 def narrow_roles(R: int, Dqk: int, Dv: int) -> NarrowRoles | None:
@@ -216,7 +214,7 @@ def _narrow(places: tuple[int, ...], pairs: int) -> NarrowRoles | None:
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     """As `roles`. On an H100, us: CIFAR-10's window 36.8 (41.6), audio's 145 (178); heads 32 wide lose: 124 (100)."""
     back = -(-R // ROLES_TILE)
-    if not 1 <= back <= MOST_BACK or min(Dqk, Dv) < 64 or max(Dqk, Dv) > 128:
+    if back < 1 or min(Dqk, Dv) < 64 or max(Dqk, Dv) > 128:
         return None
     least = 6 if back == 1 else back + 3  # see `window_forward_by_roles`
     for groups, queries, keys in ((3, 6, max(least, back + 5)), (3, 6, least), (3, 3, least), (2, 2, back + 2)):
@@ -227,10 +225,11 @@ def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
 
 def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     """As `column_roles`."""
-    if not (tiles := _column_tiles(N, Dqk, Dv)):
+    tiles = -(-N // ROLES_TILE)
+    if (Dqk, Dv) not in ROLES_COLUMNS or tiles < 2:
         return None
-    columns = 3 if tiles == 2 else 2  # see `column_forward_by_roles`
-    for queries in (6, 3):
+    most = (3,) if tiles == 2 else (2, 1)  # see `column_forward_by_roles`
+    for columns, queries in itertools.product(most, (6, 3)):
         if 2 * ROLES_TILE * (queries * Dqk + 3 * Dv + columns * tiles * (Dqk + Dv)) <= _SHARED:
             return ForwardRoles(queries, columns, 3, 160)
     return None

@@ -30,10 +30,8 @@ def _bring(
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(count):
         b, column = column_unit(c, index, programs, L)
-        # All keys first: no queries are looked at before all keys of their column are there.
-        for t in gl.static_range(NT):
-            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, t * BT, 0], c * NT + t, NC * NT)
         for i in gl.static_range(NT):
+            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, i * BT, 0], c * NT + i, NC * NT)
             bring(Q, q, q_full, q_empty, [b, head, column, i * BT, 0], c * NT + i, NQ)
 
 
@@ -57,10 +55,6 @@ def _attend(
         b, column = column_unit(c, index, programs, L)
         rows = (i * BT + query) * L + column
         of_head = (b.to(gl.int64) * H + head) * S
-        # Of all tiles of the column, also those that these queries do not see: a barrier tells its last phase from the
-        # next alone, so a group must have seen each.
-        for t in gl.static_range(NT):
-            mbarrier.wait(kv_full.index(c % NC * NT + t), c // NC & 1)
         here = turn % NQ
         mbarrier.wait(q_full.index(here), turn // NQ & 1)
         queries = q.index(here).reshape([BT, BDQ])
@@ -68,13 +62,19 @@ def _attend(
         top = gl.full([BT], -1e38, gl.float32, gl.SliceLayout(1, layout))
         total = gl.zeros([BT], gl.float32, gl.SliceLayout(1, layout))
         acc = gl.zeros([BT, BDV], gl.float32, wide)
-        for far in range(i + 1):
-            at = c % NC * NT + i - far
+        for t in range(i + 1):  # the first first: their place is that of the next that come
+            at = c % NC * NT + t
+            mbarrier.wait(kv_full.index(at), c // NC & 1)
             keys = k.index(at).reshape([BT, BDQ]).permute([1, 0])
             s = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            s = only_seen(s, query, key, far, BT, NEAR, R, float("-inf"))
+            s = only_seen(s, query, key, i - t, BT, NEAR, R, float("-inf"))
             acc, top, total = softmax_step(s, v.index(at).reshape([BT, BDV]), acc, top, total, scale)
+            if (t == i) & (i + GROUPS >= NT):
+                # The group's last look at this column. A barrier tells its last phase from the next alone: it waits for
+                # the tiles that other groups look at while their places cannot have been given to another column.
+                for late in range(i + 1, NT):
+                    mbarrier.wait(kv_full.index(c % NC * NT + late), c // NC & 1)
             mbarrier.arrive(kv_empty.index(at), count=1)
         mbarrier.arrive(q_empty.index(here), count=1)
         empty = total == 0.0

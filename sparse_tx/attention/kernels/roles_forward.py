@@ -57,10 +57,14 @@ def _attend(
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     zero = gl.zeros([BT, BT], gl.float32, layout)
-    if WHICH == 0:
-        # The tiles before the program's own have fewer queries here: the others count as done.
-        for early in gl.static_range(BACK):
-            mbarrier.arrive(kv_empty.index(early), count=BACK - early)
+    # The tiles before the program's own have fewer queries here. A barrier tells its last phase from the next alone: a
+    # group that looks only at later ones waits for these too and counts as one of the others, the first group as the rest.
+    for early in gl.static_range(BACK):
+        if WHICH == 0 and BACK > max(early, GROUPS - 1):
+            mbarrier.arrive(kv_empty.index(early), count=BACK - max(early, GROUPS - 1))
+        if early < WHICH and WHICH <= BACK:
+            mbarrier.wait(kv_full.index(early), 0)
+            mbarrier.arrive(kv_empty.index(early), count=1)
     out = o.index(WHICH).reshape([BT, BDV])
     for i in range(WHICH, count, GROUPS):
         row = (own + i) * BT
@@ -68,16 +72,17 @@ def _attend(
         valid = rows < S
         if MERGE:
             old = gl.load(LSE + rows, mask=valid, other=float("-inf"))
-        top = gl.full([BT], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+        # Lower than any score: keys that none of a row is allowed to see leave it, and inf - inf never arises.
+        top = gl.full([BT], -1e38, gl.float32, gl.SliceLayout(1, layout))
         total = gl.zeros([BT], gl.float32, gl.SliceLayout(1, layout))
         acc = gl.zeros([BT, BDV], gl.float32, wide)
         here = i % NQ
         mbarrier.wait(q_full.index(here), i // NQ & 1)
         queries = q.index(here).reshape([BT, BDQ])
-        # A query sees itself, in the first tile visited: from there on the maximum is finite. Not unrolled: each group
-        # has instructions of its own, and together they must not miss the caches.
-        for far in range(BACK + 1):
-            t = i + BACK - far
+        # The farthest first: their place is that of the next that come. Not unrolled: each group has instructions of its
+        # own, and together they must not miss the caches.
+        for t in range(i, i + BACK + 1):
+            far = i + BACK - t
             mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
             keys = k.index(t % NKV).reshape([BT, BDQ]).permute([1, 0])
             s = warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
@@ -87,7 +92,7 @@ def _attend(
                 s = gl.where((key >= far * BT - row)[None, :], s, float("-inf"))
             acc, top, total = softmax_step(s, v.index(t % NKV).reshape([BT, BDV]), acc, top, total, scale)
             mbarrier.arrive(kv_empty.index(t % NKV), count=1)
-            if MERGE and far == 0:  # the output of the tile before is out: that of another part may take its place
+            if MERGE and t == i:  # the output of the tile before is out: that of another part may take its place
                 tma.store_wait(0)
                 if i >= GROUPS:
                     mbarrier.arrive(o_empty.index(WHICH), count=1)

@@ -50,10 +50,10 @@ def _bring(
     for i in range(count + BACK):
         m = i - BACK
         if m >= 0:
-            of, column, row = place(m, b, first, 1, L, BT, NT)
+            of, column, row = place(m, b, first, 1, L, BT, 0, NT)
             bring_two(K, V, k, v, kv_full, kv_empty, [of, head, column, row, 0], m, NKV)
         if i < tiles:
-            of, column, row = place(i, b, first, 1, L, BT, NT)
+            of, column, row = place(i, b, first, 1, L, BT, 0, NT)
             bring_two(Q, G, q, g, q_full, q_empty, [of, head, column, row, 0], i, NQ)
             if DELTA_HERE:
                 bring(O, o, o_full, o_empty, [of, head, column, row, 0], i, NO)
@@ -164,7 +164,7 @@ def _keys(
             written(dk_at.index(WHICH), dk * softmax_scale, ADD)
             written(dv_at.index(WHICH), dv, ADD)
             fence_async_shared()
-            of, column, row = place(m, b, first, 1, L, BT, NT)
+            of, column, row = place(m, b, first, 1, L, BT, 0, NT)
             if NT == 0:
                 row = gl.where(first + m >= own, row, N)  # a tile of another program is stored beyond the end
             tma.async_copy_shared_to_global(DK, [of, head, column, row, 0], dk_at.index(WHICH))
@@ -213,7 +213,7 @@ def _queries(
             tma.store_wait(0)
         written(dq_at, dq * softmax_scale, ADD)
         fence_async_shared()
-        of, column, row = place(i, b, first, 1, L, BT, NT)
+        of, column, row = place(i, b, first, 1, L, BT, 0, NT)
         if NT == 0:
             row = gl.where(first + i >= own, row, N)
         tma.async_copy_shared_to_global(DQ, [of, head, column, row, 0], dq_at)
@@ -290,7 +290,7 @@ def narrow_backward_by_roles(
             (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, count, N,
                           GROUPS, ADD)),
             (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-                       b, head, first, 1, count, S, H, L, BT, BDV, BACK, NT, NQ, NO,
+                       b, head, first, 1, count, S, H, L, BT, BDV, BACK, 0, NT, NQ, NO,
                        DELTA_HERE, STORE_DELTA, HAS_DLSE)),
         ],
         [4, 4, 1, 1, 2], [REGISTERS, REGISTERS, 40, 40, 40],

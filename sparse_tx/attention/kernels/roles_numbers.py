@@ -13,16 +13,17 @@ from sparse_tx.attention.kernels.tiles import LOG2E, column_unit
 
 
 @gluon.jit
-def place(m, b, first, step, L: gl.constexpr, BT: gl.constexpr, NT: gl.constexpr):
+def place(m, b, first, step, L: gl.constexpr, BT: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr):
     """Batch entry, column and row of the program's tile m: of a window (NT = 0) of batch entry b from tile `first` on,
-    or of columns of NT tiles, counted over all batch entries, of which it has every `step`-th from `first` on.
+    or of columns, counted over all batch entries, of which it has every `step`-th from `first` on, and of each NT tiles
+    after FIRST others.
     """
     if NT == 0:
         column = 0
         row = (first + m) * BT
     else:
         b, column = column_unit(m // NT, first, step, L)
-        row = m % NT * BT
+        row = (FIRST + m % NT) * BT
     return b, column, row
 
 
@@ -43,12 +44,12 @@ def _loaded(LSE, DELTA, b, head, row, column, local, S, H, L: gl.constexpr, DELT
 def numbers(
     LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
     b, head, first, step, count, S, H,
-    L: gl.constexpr, BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr,
-    NO: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
+    L: gl.constexpr, BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr,
+    NQ: gl.constexpr, NO: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp in base 2 and delta of each tile of queries; those of the next are on their way.
 
-    BACK, NT: as of `roles_narrow`. NQ, NO: tiles of queries and of the output in shared memory at a time.
+    BACK: as of `roles_narrow`. FIRST, NT: as of `place`. NQ, NO: tiles of queries and of the output in shared memory at a time.
     """
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
     block: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [2, 1], [1, 0])
@@ -56,13 +57,13 @@ def numbers(
     local = gl.arange(0, BT, flat)
     of_block = gl.arange(0, ROWS, gl.SliceLayout(1, block))
     tiles = count + (BACK if NT == 0 else 0)
-    of, column, row = place(0, b, first, step, L, BT, NT)
+    of, column, row = place(0, b, first, step, L, BT, FIRST, NT)
     lse, delta = _loaded(LSE, DELTA, of, head, row, column, local, S, H, L, DELTA_HERE)
     for i in range(tiles):
         at = i % NQ
-        of, column, row = place(gl.minimum(i + 1, tiles - 1), b, first, step, L, BT, NT)
+        of, column, row = place(gl.minimum(i + 1, tiles - 1), b, first, step, L, BT, FIRST, NT)
         next_lse, next_delta = _loaded(LSE, DELTA, of, head, row, column, local, S, H, L, DELTA_HERE)
-        of, column, row = place(i, b, first, step, L, BT, NT)
+        of, column, row = place(i, b, first, step, L, BT, FIRST, NT)
         of_head = (of.to(gl.int64) * H + head) * S
         mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
         lse_at.index(at).store(lse * LOG2E)

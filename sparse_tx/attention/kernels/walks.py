@@ -90,7 +90,7 @@ def backward_along(
     """way: of `way_backward`. delta_here: whether this pass makes delta."""
     if isinstance(way, Roles):
         if chain.strided:
-            return [_column_by_roles(chain, run, way, store_delta, has_dlse, tensors, scale)]
+            return _column_by_roles(chain, run, way, store_delta, has_dlse, tensors, scale)
         return _window_by_roles(chain, run, way, add, tensors, scale)
     if isinstance(way, NarrowRoles):
         return [_narrow_backward(chain, run, way, add, delta_here, store_delta, has_dlse, tensors, scale)]
@@ -256,14 +256,23 @@ def _window_by_roles(
 
 def _column_by_roles(
     chain: Chain, run: Run, chosen: Roles, store_delta: bool, has_dlse: bool, tensors: Sequence[Operand], scale: float
-) -> Launch:
+) -> list[Launch]:
+    """As many passes as it takes, that of the last queries first: of the farthest, as of a window."""
     programs, numbers, constants = _along(chain, run, tensors[0], ROLES_TILE, 0)
     described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) if len(t.shape) == 4 else t for t in tensors]
-    return Launch(
-        column_backward_by_roles, programs, *described, *numbers, scale * LOG2E.value, scale,
-        **constants, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs, NO=chosen.outputs,
-        REGISTERS=chosen.registers, STORE_DELTA=store_delta, HAS_DLSE=has_dlse, num_warps=4,
-    )  # fmt: skip
+    launches: list[Launch] = []
+    end = -(-chain.N // ROLES_TILE)
+    while end > 0:
+        first = max(0, end - chosen.back - 1)
+        launch = Launch(
+            column_backward_by_roles, programs, *described, *numbers, scale * LOG2E.value, scale,
+            **constants | {"FIRST": first, "NT": end - first}, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs,
+            NO=chosen.outputs, REGISTERS=chosen.registers, ADD=bool(launches),
+            STORE_DELTA=store_delta, HAS_DLSE=has_dlse, num_warps=4,
+        )  # fmt: skip
+        launches.append(launch)
+        end = first
+    return launches
 
 
 def _narrow_backward(
