@@ -35,6 +35,7 @@ class Roles(NamedTuple):
     registers: int  # of a thread that makes weights
     back: int  # tiles that a pass over a window reaches back, beyond its first
     outputs: int  # tiles, of columns
+    stores: int  # tiles of gradients on their way in or out
 
 
 class NarrowRoles(NamedTuple):
@@ -43,6 +44,7 @@ class NarrowRoles(NamedTuple):
     tiles: int  # of queries, and of keys
     pairs: int  # of tiles, gradients of scores
     outputs: int  # tiles
+    stores: int  # tiles of gradients of each kind on their way in or out, dk and dv for each of the groups
     registers: int  # of a thread of a group that owns tiles of keys
 
 
@@ -157,7 +159,7 @@ def _pass(back: int, Dqk: int, Dv: int, outputs: int = 0) -> Roles | None:
     for queries, keys, pairs in (*many, (back + 2, 3, 3), (back + 1, 3, 3), *few):
         numbers = queries * 8 * ROLES_TILE if outputs else 0
         if (queries + keys) * tile + pairs * pair + rest + numbers <= _SHARED:
-            return Roles(queries, keys, pairs, registers, back, outputs)
+            return Roles(queries, keys, pairs, registers, back, outputs, 1)
     return None
 
 
@@ -176,7 +178,7 @@ def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
         own = -(-tiles // passes)
         found = _pass(own - 1, Dqk, Dv, 2) or _pass(own - 1, Dqk, Dv, 1)
         if found is not None and found.queries > own:
-            return found._replace(registers=found.registers - 8)  # four tiles of dq spill else
+            return found._replace(registers=found.registers - (8 if own < 4 else 16))  # tiles of dq spill else
     return None
 
 
@@ -207,14 +209,14 @@ def _narrow(places: tuple[int, ...], pairs: int) -> NarrowRoles | None:
     for tiles, outputs in itertools.product(places, (4, 2)):
         # Beside them five tiles of gradients on their way out, log-sum-exp and delta of the queries.
         if (4 * tiles + 5 + outputs) * tile + pairs * pair + tiles * 8 * ROLES_TILE <= _SHARED:
-            return NarrowRoles(tiles, pairs, outputs, 208)
+            return NarrowRoles(tiles, pairs, outputs, 1, 208)
     return None
 
 
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     """As `roles`. On an H100, us: CIFAR-10's window 36.8 (41.6), audio's 145 (178); heads 32 wide lose: 124 (100)."""
     back = -(-R // ROLES_TILE)
-    if back < 1 or min(Dqk, Dv) < 64 or max(Dqk, Dv) > 128:
+    if back < 1 or min(Dqk, Dv) < (64 if back <= 2 else 32) or max(Dqk, Dv) > 128:
         return None
     least = 6 if back == 1 else back + 3  # see `window_forward_by_roles`
     for groups, queries, keys in ((3, 6, max(least, back + 5)), (3, 6, least), (3, 3, least), (2, 2, back + 2)):

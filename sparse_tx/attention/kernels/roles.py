@@ -47,7 +47,7 @@ def _rows(t, begin, own, S, BT: gl.constexpr, AHEAD: gl.constexpr):
 @gluon.jit
 def _bring_old(
     DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count, S,
-    AHEAD: gl.constexpr, ADD: gl.constexpr, LACK: gl.constexpr,
+    AHEAD: gl.constexpr, NS: gl.constexpr, ADD: gl.constexpr, LACK: gl.constexpr,
 ):  # fmt: skip
     """Gradients of another part, to which these are added; by a warp of its own, or the tiles above would wait too."""
     if ADD:
@@ -57,11 +57,12 @@ def _bring_old(
             if LACK > 0:  # zeros are brought from beyond the end
                 of_keys = gl.where(begin + t < (S + BT - 1) // BT - LACK, of_keys, S)
                 of_queries = gl.where(begin + t >= LACK - AHEAD, of_queries, S)
-            mbarrier.wait(old_empty.index(0), (t & 1) ^ 1)
-            mbarrier.expect(old_full.index(0), 2 * BT * (2 * DQ.block_shape[3] + DV.block_shape[3]))
-            tma.async_copy_global_to_shared(DQ, [b, head, of_queries, 0], old_full.index(0), dq_at)
-            tma.async_copy_global_to_shared(DK, [b, head, of_keys, 0], old_full.index(0), dk_at)
-            tma.async_copy_global_to_shared(DV, [b, head, of_keys, 0], old_full.index(0), dv_at)
+            at = t % NS
+            mbarrier.wait(old_empty.index(at), (t // NS & 1) ^ 1)
+            mbarrier.expect(old_full.index(at), 2 * BT * (2 * DQ.block_shape[3] + DV.block_shape[3]))
+            tma.async_copy_global_to_shared(DQ, [b, head, of_queries, 0], old_full.index(at), dq_at.index(at))
+            tma.async_copy_global_to_shared(DK, [b, head, of_keys, 0], old_full.index(at), dk_at.index(at))
+            tma.async_copy_global_to_shared(DV, [b, head, of_keys, 0], old_full.index(at), dv_at.index(at))
 
 
 @gluon.jit
@@ -109,7 +110,7 @@ def _gradients(
     q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
     b, head, begin, own, count, S, softmax_scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr,
-    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, ADD: gl.constexpr,
+    NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, NS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys after the other; dq_0 to dq_BACK of the queries that see it. dq_0 is done then."""
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
@@ -142,22 +143,23 @@ def _gradients(
                 if ADD:
                     tma.store_wait(0)
                     if t > 0:
-                        mbarrier.arrive(old_empty.index(0), count=1)
+                        mbarrier.arrive(old_empty.index((t - 1) % NS), count=1)
         done = warpgroup_mma_wait(0, deps=(dk, dv) + dqs)  # noqa: RUF005
         mbarrier.arrive(pair_empty.index((t * (BACK + 1) + BACK) % NP), count=1)
         mbarrier.arrive(kv_empty.index(t % NKV), count=1)
         of_keys, of_queries = _rows(t, begin, own, S, BT, AHEAD)
+        at = t % NS
         if ADD:
-            mbarrier.wait(old_full.index(0), t & 1)
+            mbarrier.wait(old_full.index(at), t // NS & 1)
         else:
             tma.store_wait(0)
-        written(dq_at, done[2] * softmax_scale, ADD)
-        written(dk_at, done[0] * softmax_scale, ADD)
-        written(dv_at, done[1], ADD)
+        written(dq_at.index(at), done[2] * softmax_scale, ADD)
+        written(dk_at.index(at), done[0] * softmax_scale, ADD)
+        written(dv_at.index(at), done[1], ADD)
         fence_async_shared()
-        tma.async_copy_shared_to_global(DQ, [b, head, of_queries, 0], dq_at)
-        tma.async_copy_shared_to_global(DK, [b, head, of_keys, 0], dk_at)
-        tma.async_copy_shared_to_global(DV, [b, head, of_keys, 0], dv_at)
+        tma.async_copy_shared_to_global(DQ, [b, head, of_queries, 0], dq_at.index(at))
+        tma.async_copy_shared_to_global(DK, [b, head, of_keys, 0], dk_at.index(at))
+        tma.async_copy_shared_to_global(DV, [b, head, of_keys, 0], dv_at.index(at))
         sums = done[3:] + (none,)  # noqa: RUF005
     tma.store_wait(0)
 
@@ -166,14 +168,14 @@ def _gradients(
 def window_backward_by_roles(
     Q, K, V, LSE, G, DELTA, DQ, DK, DV, S, H, h0, heads, chunks, length, scale, softmax_scale, log2e,
     R: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
-    REGISTERS: gl.constexpr, ADD: gl.constexpr, LACK: gl.constexpr,
+    NS: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, LACK: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles, as `window_backward`; LSE and DELTA are pointers.
 
     AHEAD, BACK: a tile of keys is seen here by the queries AHEAD to AHEAD + BACK tiles later; a window that reaches
     back farther takes several of these passes. LACK: what is added to lacks the first tiles of queries and the last of
-    keys, so many: an earlier pass was LACK tiles ahead. NQ, NKV, NP: tiles of queries and of keys, and pairs, in shared
-    memory at a time. REGISTERS: of a thread that makes weights; the group that makes gradients has the rest. log2e: a
+    keys, so many: an earlier pass was LACK tiles ahead. NQ, NKV, NP, NS: tiles of queries and of keys, pairs, and tiles
+    of gradients on their way, in shared memory at a time. REGISTERS: of a thread that makes weights; the group that makes gradients has the rest. log2e: a
     number that the compiler does not know, or it would multiply by it as soon as a log-sum-exp is asked for, and wait
     for that.
     """
@@ -188,13 +190,13 @@ def window_backward_by_roles(
     v = gl.allocate_shared_memory(dtype, [NKV, 1, 1, BT, BDV], V.layout)
     weights = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
     scores = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
-    dq_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDQ], DQ.layout)
-    dk_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDQ], DK.layout)
-    dv_at = gl.allocate_shared_memory(dtype, [1, 1, BT, BDV], DV.layout)
+    dq_at = gl.allocate_shared_memory(dtype, [NS, 1, 1, BT, BDQ], DQ.layout)
+    dk_at = gl.allocate_shared_memory(dtype, [NS, 1, 1, BT, BDQ], DK.layout)
+    dv_at = gl.allocate_shared_memory(dtype, [NS, 1, 1, BT, BDV], DV.layout)
     q_full, q_empty = barriers(NQ), barriers(NQ)
     kv_full, kv_empty = barriers(NKV), barriers(NKV)
     pair_full, pair_empty = barriers(NP), barriers(NP)
-    old_full, old_empty = barriers(1), barriers(1)
+    old_full, old_empty = barriers(NS), barriers(NS)
     fence_async_shared()
     pid = gl.program_id(0)
     chunk = pid % chunks
@@ -210,7 +212,7 @@ def window_backward_by_roles(
         [
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
                           pair_full, pair_empty, old_full, old_empty, b, head, begin, own, count, S,
-                          softmax_scale, BT, BDQ, BDV, BACK, AHEAD, NQ, NKV, NP, ADD)),
+                          softmax_scale, BT, BDQ, BDV, BACK, AHEAD, NQ, NKV, NP, NS, ADD)),
             (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
                         begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, AHEAD, NQ, NKV, NP)),
             (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
@@ -218,7 +220,7 @@ def window_backward_by_roles(
             (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, begin, count,
                       BACK, AHEAD, NQ, NKV)),
             (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count, S,
-                          AHEAD, ADD, LACK)),
+                          AHEAD, NS, ADD, LACK)),
         ],
         [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24],
     )  # fmt: skip

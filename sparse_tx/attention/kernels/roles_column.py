@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_tx.attention.kernels.pairs import leave_weights, scores_of, written
 from sparse_tx.attention.kernels.roles_numbers import numbers
 from sparse_tx.attention.kernels.shared_memory import barriers, bring, bring_two
-from sparse_tx.attention.kernels.tiles import column_program, column_unit
+from sparse_tx.attention.kernels.tiles import column_turns, column_unit
 
 
 @gluon.jit
@@ -54,12 +54,13 @@ def _visit(n, FIRST: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.c
 
 @gluon.jit
 def _bring(
-    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, head, index, programs, count,
+    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, h0, heads, units,
     L: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
-    for c in range(count):
-        b, column = column_unit(c, index, programs, L)
+    for c in range(column_turns(units)):
+        b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
+        head = h0 + h
         keys = c * (FIRST + NT)
         bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, 0, 0], keys, NKV)
         for i in gl.static_range(NT):
@@ -72,25 +73,25 @@ def _bring(
 
 @gluon.jit
 def _bring_old(
-    DK, DV, dk_at, dv_at, old_full, old_empty, head, index, programs, count,
+    DK, DV, dk_at, dv_at, old_full, old_empty, h0, heads, units,
     L: gl.constexpr, TILES: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values of another pass, to which these are added; by a warp of its own, as of `roles`."""
     if ADD:
         BT: gl.constexpr = DK.block_shape[3]
-        for m in range(count * TILES):
-            b, column = column_unit(m // TILES, index, programs, L)
+        for m in range(column_turns(units) * TILES):
+            b, h, column = column_unit(m // TILES, gl.program_id(0), gl.num_programs(0), heads, L)
             row = m % TILES * BT
             mbarrier.wait(old_empty.index(0), (m & 1) ^ 1)
             mbarrier.expect(old_full.index(0), 2 * BT * (DK.block_shape[4] + DV.block_shape[4]))
-            tma.async_copy_global_to_shared(DK, [b, head, column, row, 0], old_full.index(0), dk_at)
-            tma.async_copy_global_to_shared(DV, [b, head, column, row, 0], old_full.index(0), dv_at)
+            tma.async_copy_global_to_shared(DK, [b, h0 + h, column, row, 0], old_full.index(0), dk_at)
+            tma.async_copy_global_to_shared(DV, [b, h0 + h, column, row, 0], old_full.index(0), dv_at)
 
 
 @gluon.jit
 def _weights(
     WHICH: gl.constexpr, q, k, v, g, lse_at, delta_at, weights, scores,
-    q_full, kv_full, numbers_full, pair_full, pair_empty, count, scale,
+    q_full, kv_full, numbers_full, pair_full, pair_empty, units, scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr,
     FIRST: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
@@ -100,7 +101,7 @@ def _weights(
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
-    for n in range(WHICH, count * PAIRS, 2):
+    for n in range(WHICH, column_turns(units) * PAIRS, 2):
         far, of_keys, keys_phase, of_queries, queries_phase = _visit(n, FIRST, NT, NQ, NKV)
         mbarrier.wait(kv_full.index(of_keys), keys_phase)
         mbarrier.wait(q_full.index(of_queries), queries_phase)
@@ -161,15 +162,16 @@ def _of_keys(
 def _gradients(
     DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at,
     q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
-    head, index, programs, count, softmax_scale,
+    h0, heads, units, softmax_scale,
     L: gl.constexpr, BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys after the other; dq of the queries that see it waits in registers."""
     PAIRS: gl.constexpr = FIRST * NT + NT * (NT + 1) // 2
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
-    for c in range(count):
-        b, column = column_unit(c, index, programs, L)
+    for c in range(column_turns(units)):
+        b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
+        head = h0 + h
         sums = ()
         for _ in gl.static_range(NT):
             sums += (gl.zeros([BT, BDQ], gl.float32, narrow),)
@@ -214,13 +216,13 @@ def _gradients(
 
 @gluon.jit
 def column_backward_by_roles(
-    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, units, scale, softmax_scale,
+    Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, units, scale, softmax_scale,
     L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr,
     ADD: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of every `programs`-th of `units` columns, as `column_backward`, and delta for another part, of NT
-    tiles of queries after FIRST others; LSE, DLSE and DELTA are pointers to (B, H, S).
+    """dq, dk, dv of `units` columns of all heads, as `column_backward`, and delta for another part, of NT tiles of
+    queries after FIRST others; LSE, DLSE and DELTA are pointers to (B, H, S).
 
     ADD: to the dk and dv of another pass, of later queries. NQ, NKV, NP, REGISTERS: as of
     `roles.window_backward_by_roles`; NQ is more than NT. NO: tiles of the output in shared memory at a time.
@@ -250,23 +252,21 @@ def column_backward_by_roles(
     numbers_full = barriers(NQ)
     old_full, old_empty = barriers(1), barriers(1)
     fence_async_shared()
-    h, index, count = column_program(heads, programs, units)
-    head = h0 + h
     gl.warp_specialize(
         [
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                          pair_full, pair_empty, old_full, old_empty, head, index, programs, count, softmax_scale,
+                          pair_full, pair_empty, old_full, old_empty, h0, heads, units, softmax_scale,
                           L, BT, BDQ, BDV, FIRST, NT, NQ, NKV, NP, ADD)),
             (_weights, (0, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,
-                        pair_empty, count, scale, BT, BDQ, BDV, NEAR, R, FIRST, NT, NQ, NKV, NP)),
+                        pair_empty, units, scale, BT, BDQ, BDV, NEAR, R, FIRST, NT, NQ, NKV, NP)),
             (_weights, (1, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,
-                        pair_empty, count, scale, BT, BDQ, BDV, NEAR, R, FIRST, NT, NQ, NKV, NP)),
+                        pair_empty, units, scale, BT, BDQ, BDV, NEAR, R, FIRST, NT, NQ, NKV, NP)),
             (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
-                      head, index, programs, count, L, FIRST, NT, NQ, NKV, NO)),
+                      h0, heads, units, L, FIRST, NT, NQ, NKV, NO)),
             (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-                       0, head, index, programs, count * NT, S, H, L, BT, BDV, NT - 1, FIRST, NT, NQ, NO,
-                       True, STORE_DELTA, HAS_DLSE)),
-            (_bring_old, (DK, DV, dk_at, dv_at, old_full, old_empty, head, index, programs, count, L, FIRST + NT, ADD)),
+                       0, h0, gl.program_id(0), gl.num_programs(0), heads, column_turns(units) * NT, S, H,
+                       L, BT, BDV, NT - 1, FIRST, NT, NQ, NO, True, STORE_DELTA, HAS_DLSE)),
+            (_bring_old, (DK, DV, dk_at, dv_at, old_full, old_empty, h0, heads, units, L, FIRST + NT, ADD)),
         ],
         [4, 4, 1, 2, 1], [REGISTERS, REGISTERS, 40, 40, 40],
     )  # fmt: skip

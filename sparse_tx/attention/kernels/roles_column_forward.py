@@ -19,25 +19,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparse_tx.attention.kernels.pairs import only_seen, softmax_step
 from sparse_tx.attention.kernels.shared_memory import barriers, bring, bring_two
-from sparse_tx.attention.kernels.tiles import LN2, column_program, column_unit
+from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit
 
 
 @gluon.jit
 def _bring(
-    Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
+    Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, h0, heads, units,
     L: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
-    for c in range(count):
-        b, column = column_unit(c, index, programs, L)
+    for c in range(column_turns(units)):
+        b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
         for i in gl.static_range(NT):
-            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, i * BT, 0], c * NT + i, NC * NT)
-            bring(Q, q, q_full, q_empty, [b, head, column, i * BT, 0], c * NT + i, NQ)
+            bring_two(K, V, k, v, kv_full, kv_empty, [b, h0 + h, column, i * BT, 0], c * NT + i, NC * NT)
+            bring(Q, q, q_full, q_empty, [b, h0 + h, column, i * BT, 0], c * NT + i, NQ)
 
 
 @gluon.jit
 def _attend(
-    WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
+    WHICH: gl.constexpr, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, h0, heads, units,
     S, H, scale,
     L: gl.constexpr, BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr,
     NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr, GROUPS: gl.constexpr,
@@ -49,10 +49,11 @@ def _attend(
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     zero = gl.zeros([BT, BT], gl.float32, layout)
     out = o.index(WHICH).reshape([BT, BDV])
-    for turn in range(WHICH, count * NT, GROUPS):
+    for turn in range(WHICH, column_turns(units) * NT, GROUPS):
         c = turn // NT
         i = turn % NT
-        b, column = column_unit(c, index, programs, L)
+        b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
+        head = h0 + h
         rows = (i * BT + query) * L + column
         of_head = (b.to(gl.int64) * H + head) * S
         here = turn % NQ
@@ -89,11 +90,11 @@ def _attend(
 
 @gluon.jit
 def column_forward_by_roles(
-    Q, K, V, O, LSE, S, H, h0, heads, programs, units, scale,
+    Q, K, V, O, LSE, S, H, h0, heads, units, scale,
     L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NC: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `column_forward`, every `programs`-th of `units` columns.
+    """As `column_forward`, of `units` columns of all heads.
 
     NQ, NC: tiles of queries, and columns of keys, in shared memory at a time, multiples of GROUPS, but NC only where a
     group has no tile of some columns: a barrier tells its last phase from the next alone.
@@ -112,18 +113,15 @@ def column_forward_by_roles(
     for at in gl.static_range(NC * NT):
         mbarrier.init(kv_empty.index(at), count=NT - at % NT)  # the tiles of queries that see it
     fence_async_shared()
-    h, index, count = column_program(heads, programs, units)
-    head = h0 + h
     gl.warp_specialize(
         [
-            (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
-                       S, H, scale, L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-            (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
-                       S, H, scale, L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-            (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, head, index, programs, count,
-                       S, H, scale, L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
-            (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, head, index, programs, count, L,
-                      NT, NQ, NC)),
+            (_attend, (0, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, h0, heads, units, S, H, scale,
+                       L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_attend, (1, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, h0, heads, units, S, H, scale,
+                       L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_attend, (2, O, LSE, q, k, v, o, q_full, q_empty, kv_full, kv_empty, h0, heads, units, S, H, scale,
+                       L, BT, BDQ, BDV, NEAR, R, NT, NQ, NC, GROUPS)),
+            (_bring, (Q, K, V, q, k, v, q_full, q_empty, kv_full, kv_empty, h0, heads, units, L, NT, NQ, NC)),
         ],
         [4, 4, 1], [REGISTERS, REGISTERS, 24],
     )  # fmt: skip

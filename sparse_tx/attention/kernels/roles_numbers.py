@@ -13,18 +13,18 @@ from sparse_tx.attention.kernels.tiles import LOG2E, column_unit
 
 
 @gluon.jit
-def place(m, b, first, step, L: gl.constexpr, BT: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr):
-    """Batch entry, column and row of the program's tile m: of a window (NT = 0) of batch entry b from tile `first` on,
-    or of columns, counted over all batch entries, of which it has every `step`-th from `first` on, and of each NT tiles
-    after FIRST others.
+def place(m, b, head, first, step, heads, L: gl.constexpr, BT: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr):
+    """Batch entry, head, column and row of the program's tile m: of a window (NT = 0) of batch entry b from tile `first`
+    on, or of columns of so many heads from `head` on, as of `column_unit`, and of each NT tiles after FIRST others.
     """
     if NT == 0:
         column = 0
         row = (first + m) * BT
     else:
-        b, column = column_unit(m // NT, first, step, L)
+        b, h, column = column_unit(m // NT, first, step, heads, L)
+        head += h
         row = (FIRST + m % NT) * BT
-    return b, column, row
+    return b, head, column, row
 
 
 @gluon.jit
@@ -43,7 +43,7 @@ def _loaded(LSE, DELTA, b, head, row, column, local, S, H, L: gl.constexpr, DELT
 @gluon.jit
 def numbers(
     LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
-    b, head, first, step, count, S, H,
+    b, head, first, step, heads, count, S, H,
     L: gl.constexpr, BT: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr,
     NQ: gl.constexpr, NO: gl.constexpr, DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
@@ -57,14 +57,14 @@ def numbers(
     local = gl.arange(0, BT, flat)
     of_block = gl.arange(0, ROWS, gl.SliceLayout(1, block))
     tiles = count + (BACK if NT == 0 else 0)
-    of, column, row = place(0, b, first, step, L, BT, FIRST, NT)
-    lse, delta = _loaded(LSE, DELTA, of, head, row, column, local, S, H, L, DELTA_HERE)
+    of, at_head, column, row = place(0, b, head, first, step, heads, L, BT, FIRST, NT)
+    lse, delta = _loaded(LSE, DELTA, of, at_head, row, column, local, S, H, L, DELTA_HERE)
     for i in range(tiles):
         at = i % NQ
-        of, column, row = place(gl.minimum(i + 1, tiles - 1), b, first, step, L, BT, FIRST, NT)
-        next_lse, next_delta = _loaded(LSE, DELTA, of, head, row, column, local, S, H, L, DELTA_HERE)
-        of, column, row = place(i, b, first, step, L, BT, FIRST, NT)
-        of_head = (of.to(gl.int64) * H + head) * S
+        of, at_head, column, row = place(gl.minimum(i + 1, tiles - 1), b, head, first, step, heads, L, BT, FIRST, NT)
+        next_lse, next_delta = _loaded(LSE, DELTA, of, at_head, row, column, local, S, H, L, DELTA_HERE)
+        of, at_head, column, row = place(i, b, head, first, step, heads, L, BT, FIRST, NT)
+        of_head = (of.to(gl.int64) * H + at_head) * S
         mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
         lse_at.index(at).store(lse * LOG2E)
         if DELTA_HERE:

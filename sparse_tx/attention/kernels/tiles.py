@@ -137,19 +137,17 @@ def program(tiles, heads, HEAVY_LAST: tl.constexpr):
 
 
 @triton.jit
-def column_program(heads, programs, units):
-    """Head and index of this program, of so many for each head, and how many of `units` columns it has.
+def column_turns(units):
+    """How many of `units` columns of all heads this program has: every one that is a whole round of programs later.
 
-    It has every `programs`-th: columns beside each other, of all heads, are worked on at a time, and what is read and
-    written then lies together.
+    Columns and heads beside each other are worked on at a time, and what is read and written then lies together.
     """
-    pid = tl.program_id(0)
-    index = pid // heads
-    return pid % heads, index, tl.cdiv(units - index, programs)
+    return tl.cdiv(units - tl.program_id(0), tl.num_programs(0))
 
 
 @triton.jit
-def column_unit(turn, first, step, L: tl.constexpr):
-    """Batch entry and column of a turn, where every `step`-th column of all batch entries is taken from `first` on."""
+def column_unit(turn, first, step, heads, L: tl.constexpr):
+    """Batch entry, head and column of a turn, where every `step`-th column of so many heads is taken from `first` on."""
     unit = turn * step + first
-    return unit // L, unit % L
+    column = unit // heads
+    return column // L, unit % heads, column % L

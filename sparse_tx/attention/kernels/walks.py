@@ -200,11 +200,10 @@ def _along(
     groups = run.heads // heads
     most = programs * multiprocessors(q.device.index)
     if chain.strided:
-        units = B * chain.L
-        turns = -(-units // max(1, most // groups))
-        of_head = -(-units // turns)
+        units = B * chain.L * groups
+        programs = -(-units // -(-units // most))
         of_columns = {"L": chain.L, "NEAR": chain.near, "NT": -(-chain.N // rows)}
-        return of_head * groups, (S, H, run.head, groups, of_head, units), {"R": chain.R, **of_columns}
+        return programs, (S, H, run.head, groups, units), {"R": chain.R, **of_columns}
     length, chunks = _chunks(-(-S // rows) - ahead, B * groups, halo, most)
     return chunks * B * groups, (S, H, run.head, groups, chunks, length), {"R": chain.R}
 
@@ -247,7 +246,7 @@ def _window_by_roles(
             window_backward_by_roles, programs,
             *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale, LOG2E.value,
             **constants, BACK=back, AHEAD=ahead, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs,
-            REGISTERS=chosen.registers, ADD=add or bool(launches),
+            NS=chosen.stores, REGISTERS=chosen.registers, ADD=add or bool(launches),
             LACK=ahead + chosen.back + 1 if launches and not add else 0, num_warps=4,
         )  # fmt: skip
         launches.append(launch)
@@ -281,7 +280,12 @@ def _narrow_backward(
 ) -> Launch:  # fmt: skip
     q = tensors[0]
     programs, numbers, constants = _along(chain, run, q, ROLES_TILE, -(-chain.R // ROLES_TILE) + 2)
-    if not chain.strided:
+    if chain.strided:  # neighbours are a program's own: heads so narrow lost otherwise
+        S, H, head, heads, _ = numbers
+        units = q.shape[0] * chain.L
+        of_head = -(-units // -(-units // max(1, multiprocessors(q.device.index) // heads)))
+        programs, numbers = of_head * heads, (S, H, head, heads, of_head, units)
+    else:
         constants |= {"L": 1, "NEAR": 0, "NT": 0}
     described = [
         rows_descriptor(t, chain, ROLES_TILE)._replace(gluon=True) if len(t.shape) == 4 else t for t in tensors
@@ -290,7 +294,7 @@ def _narrow_backward(
         narrow_backward_by_roles, programs,
         *described, *numbers, q.shape[1] // chain.L, scale * LOG2E.value, scale,
         **constants, NQ=chosen.tiles, NKV=chosen.tiles, NP=chosen.pairs, NO=chosen.outputs,
-        REGISTERS=chosen.registers, ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse,
+        NS=chosen.stores, REGISTERS=chosen.registers, ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse,
         num_warps=4,
     )  # fmt: skip
 

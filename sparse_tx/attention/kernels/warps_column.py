@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, column_program, column_unit, pair_is_masked, pair_seen
+from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit, pair_is_masked, pair_seen
 
 
 @gluon.jit
@@ -25,10 +25,10 @@ def _bring(X, x, full, b, r, head, NT: gl.constexpr):
 
 @gluon.jit
 def column_forward_by_warps(
-    Q, K, V, O, LSE, S, H, h0, groups, programs, units, scale,
+    Q, K, V, O, LSE, S, H, h0, groups, units, scale,
     L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
-    """As `column_forward`, every `programs`-th of `units` columns, of W heads. groups: of W heads."""
+    """As `column_forward`, of `units` columns, each of W heads. groups: of W heads."""
     W: gl.constexpr = Q.block_shape[2]
     T: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]
@@ -43,16 +43,15 @@ def column_forward_by_warps(
     o = gl.allocate_shared_memory(dtype, [NT, 1, 1, W, T, BDV], O.layout)
     full = barriers(1)
     fence_async_shared()
-    group, index, count = column_program(groups, programs, units)
-    head = h0 + group * W
     rows = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    heads = head + gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    local = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     query = rows[None, :, None]
     key = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     zero = gl.zeros([W, T, T], gl.float32, layout)
-    for i in range(count):
-        b, r = column_unit(i, index, programs, L)
-        of_heads = ((b.to(gl.int64) * H + heads.to(gl.int64)) * S)[:, None]
+    for i in range(column_turns(units)):
+        b, group, r = column_unit(i, gl.program_id(0), gl.num_programs(0), groups, L)
+        head = h0 + group * W
+        of_heads = ((b.to(gl.int64) * H + (head + local).to(gl.int64)) * S)[:, None]
         tma.store_wait(0)
         mbarrier.expect(full.index(0), 2 * NT * W * T * (2 * BDQ + BDV))
         _bring(Q, q, full, b, r, head, NT)
