@@ -192,7 +192,7 @@ def plan_backward(
         chains = _passes(run, S)
         compact = bool(run.summary or run.tokens)
         tilings = [_tiling("backward", chain, q, v) for chain in chains]
-        ways = [way_backward(chain, tensors) for chain in chains]
+        ways = [way_backward(chain, turn > 0, tensors) for turn, chain in enumerate(chains)]
         here = makes_delta(ways[0], chains[0], len(chains) == 1, tilings[0].single)
         if not here:
             rows = 64

@@ -6,7 +6,9 @@ take turns in the weights of a pair and the gradients of its scores, which they 
 further group makes dq, dk and dv of them, in registers. So the products of one pair, the exponentials of the next and
 the copies of later ones overlap.
 
-Names: t counts the program's tiles of keys, i its tiles of queries, from t on (far = 0) to t + BACK; n counts pairs.
+Names: t counts the program's tiles of keys and i those of queries, from its own first ones on; n counts pairs. Keys of
+BACK tiles before the program's own, `before` in all (none at the beginning), are seen by its queries too: of them come
+only dq, and only these pairs are visited.
 """
 
 from triton.experimental import gluon
@@ -25,38 +27,31 @@ from sparse_tx.attention.kernels.shared_memory import barriers, bring_two
 
 @gluon.jit
 def _bring(
-    Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, begin, count,
+    Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, own, before, count,
     BACK: gl.constexpr, AHEAD: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[2]
     for i in range(count + BACK):
         t = i - BACK
-        if t >= 0:
-            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, (begin + t) * BT, 0], t, NKV)
-        bring_two(Q, G, q, g, q_full, q_empty, [b, head, (begin + AHEAD + i) * BT, 0], i, NQ)
-
-
-@gluon.jit
-def _rows(t, begin, own, S, BT: gl.constexpr, AHEAD: gl.constexpr):
-    """Rows of keys t and of the queries AHEAD tiles later: beyond the end if another program writes them."""
-    row = (begin + t) * BT
-    mine = begin + t >= own
-    return gl.where(mine, row, S), gl.where(mine, row + AHEAD * BT, S)
+        if t >= -before:
+            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, (own + t) * BT, 0], t + before, NKV)
+        bring_two(Q, G, q, g, q_full, q_empty, [b, head, (own + AHEAD + i) * BT, 0], i, NQ)
 
 
 @gluon.jit
 def _bring_old(
-    DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count, S,
+    DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, own, count, S,
     AHEAD: gl.constexpr, NS: gl.constexpr, ADD: gl.constexpr, LACK: gl.constexpr,
 ):  # fmt: skip
     """Gradients of another part, to which these are added; by a warp of its own, or the tiles above would wait too."""
     if ADD:
         BT: gl.constexpr = DQ.block_shape[2]
         for t in range(count):
-            of_keys, of_queries = _rows(t, begin, own, S, BT, AHEAD)
+            of_keys = (own + t) * BT
+            of_queries = of_keys + AHEAD * BT
             if LACK > 0:  # zeros are brought from beyond the end
-                of_keys = gl.where(begin + t < (S + BT - 1) // BT - LACK, of_keys, S)
-                of_queries = gl.where(begin + t >= LACK - AHEAD, of_queries, S)
+                of_keys = gl.where(own + t < (S + BT - 1) // BT - LACK, of_keys, S)
+                of_queries = gl.where(own + t >= LACK - AHEAD, of_queries, S)
             at = t % NS
             mbarrier.wait(old_empty.index(at), (t // NS & 1) ^ 1)
             mbarrier.expect(old_full.index(at), 2 * BT * (2 * DQ.block_shape[3] + DV.block_shape[3]))
@@ -66,37 +61,52 @@ def _bring_old(
 
 
 @gluon.jit
-def _visit(n, PAIRS: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
+def _pairs_before(before, BACK: gl.constexpr):
+    """Pairs of own queries and keys before the program's own: one of the first of these, one more of each next."""
+    return gl.where(before > 0, BACK * (BACK + 1) // 2, 0)
+
+
+@gluon.jit
+def _visit(n, before, BACK: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr):
     """Of pair n: far, i, the place and the phase of its keys, those of its queries."""
-    t = n // PAIRS
-    far = n % PAIRS
-    i = t + far
+    own = n - _pairs_before(before, BACK)
+    t = gl.where(n >= 1, 1, 0)
+    if BACK > 2:
+        t += gl.where(n >= 3, 1, 0)
+    if BACK > 3:
+        t += gl.where(n >= 6, 1, 0)
+    i = n - t * (t + 1) // 2
+    far = BACK - t + i
+    if own >= 0:
+        far = own % (BACK + 1)
+        t = own // (BACK + 1)
+        i = t + far
+        t += before
     return far, i, t % NKV, t // NKV & 1, i % NQ, i // NQ & 1
 
 
 @gluon.jit
 def _weights(
     WHICH: gl.constexpr, LSE, DELTA, q, k, v, g, weights, scores,
-    q_full, kv_full, pair_full, pair_empty, begin, count, S, scale, log2e,
+    q_full, kv_full, pair_full, pair_empty, own, before, count, S, scale, log2e,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
 ):  # fmt: skip
     """Weights and gradients of scores, (queries, keys), of every second pair."""
-    PAIRS: gl.constexpr = BACK + 1
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
-    visit = _visit(WHICH, PAIRS, NQ, NKV)
-    lse, delta = numbers_of(LSE, DELTA, (begin + AHEAD + visit[1]) * BT + query, S)
-    for n in range(WHICH, count * PAIRS, 2):
+    visit = _visit(WHICH, before, BACK, NQ, NKV)
+    lse, delta = numbers_of(LSE, DELTA, (own + AHEAD + visit[1]) * BT + query, S)
+    for n in range(WHICH, _pairs_before(before, BACK) + count * (BACK + 1), 2):
         far, _, of_keys, keys_phase, of_queries, queries_phase = visit
         mbarrier.wait(kv_full.index(of_keys), keys_phase)
         mbarrier.wait(q_full.index(of_queries), queries_phase)
         s, dp = scores_of(q, k, v, g, of_queries, of_keys, zero, BT, BDQ, BDV)
         # The next pair's numbers are on their way while this one is at work.
-        visit = _visit(n + 2, PAIRS, NQ, NKV)
-        next_lse, next_delta = numbers_of(LSE, DELTA, (begin + AHEAD + visit[1]) * BT + query, S)
+        visit = _visit(n + 2, before, BACK, NQ, NKV)
+        next_lse, next_delta = numbers_of(LSE, DELTA, (own + AHEAD + visit[1]) * BT + query, S)
         leave_weights(
             s, dp, lse * log2e, delta, query, key, far + AHEAD, n, weights, scores, pair_full, pair_empty, scale,
             BT, 0, R, NP,
@@ -108,7 +118,7 @@ def _weights(
 def _gradients(
     DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at,
     q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
-    b, head, begin, own, count, S, softmax_scale,
+    b, head, own, before, count, softmax_scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr,
     NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, NS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
@@ -119,14 +129,32 @@ def _gradients(
     sums = ()  # dq of the queries `far` tiles after the keys
     for _ in gl.static_range(BACK + 1):
         sums += (none,)
+    if before > 0:
+        for t in gl.static_range(BACK):
+            mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
+            keys = k.index(t % NKV).reshape([BT, BDQ])
+            dqs = ()
+            for i in gl.static_range(t + 1):
+                n = t * (t + 1) // 2 + i
+                mbarrier.wait(pair_full.index(n % NP), n // NP & 1)
+                dqs += (warpgroup_mma(scores.index(n % NP), keys, sums[i], is_async=True),)
+                if i > 0:
+                    dqs = warpgroup_mma_wait(1, deps=dqs)
+                    mbarrier.arrive(pair_empty.index((n - 1) % NP), count=1)
+            done = warpgroup_mma_wait(0, deps=dqs + (none,))  # noqa: RUF005
+            mbarrier.arrive(pair_empty.index((t * (t + 1) // 2 + t) % NP), count=1)
+            mbarrier.arrive(kv_empty.index(t % NKV), count=1)
+            sums = done[: t + 1] + sums[t + 1 :]
+    first = _pairs_before(before, BACK)
     for t in range(count):
-        mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
-        keys = k.index(t % NKV).reshape([BT, BDQ])
+        of_keys = before + t
+        mbarrier.wait(kv_full.index(of_keys % NKV), of_keys // NKV & 1)
+        keys = k.index(of_keys % NKV).reshape([BT, BDQ])
         dk = none
         dv = gl.zeros([BT, BDV], gl.float32, wide)
         dqs = ()
         for far in gl.static_range(BACK + 1):
-            n = t * (BACK + 1) + far
+            n = first + t * (BACK + 1) + far
             i = t + far
             mbarrier.wait(q_full.index(i % NQ), i // NQ & 1)
             mbarrier.wait(pair_full.index(n % NP), n // NP & 1)
@@ -145,9 +173,8 @@ def _gradients(
                     if t > 0:
                         mbarrier.arrive(old_empty.index((t - 1) % NS), count=1)
         done = warpgroup_mma_wait(0, deps=(dk, dv) + dqs)  # noqa: RUF005
-        mbarrier.arrive(pair_empty.index((t * (BACK + 1) + BACK) % NP), count=1)
-        mbarrier.arrive(kv_empty.index(t % NKV), count=1)
-        of_keys, of_queries = _rows(t, begin, own, S, BT, AHEAD)
+        mbarrier.arrive(pair_empty.index((first + t * (BACK + 1) + BACK) % NP), count=1)
+        mbarrier.arrive(kv_empty.index(of_keys % NKV), count=1)
         at = t % NS
         if ADD:
             mbarrier.wait(old_full.index(at), t // NS & 1)
@@ -157,9 +184,10 @@ def _gradients(
         written(dk_at.index(at), done[0] * softmax_scale, ADD)
         written(dv_at.index(at), done[1], ADD)
         fence_async_shared()
-        tma.async_copy_shared_to_global(DQ, [b, head, of_queries, 0], dq_at.index(at))
-        tma.async_copy_shared_to_global(DK, [b, head, of_keys, 0], dk_at.index(at))
-        tma.async_copy_shared_to_global(DV, [b, head, of_keys, 0], dv_at.index(at))
+        row = (own + t) * BT
+        tma.async_copy_shared_to_global(DQ, [b, head, row + AHEAD * BT, 0], dq_at.index(at))
+        tma.async_copy_shared_to_global(DK, [b, head, row, 0], dk_at.index(at))
+        tma.async_copy_shared_to_global(DV, [b, head, row, 0], dv_at.index(at))
         sums = done[3:] + (none,)  # noqa: RUF005
     tma.store_wait(0)
 
@@ -170,7 +198,7 @@ def window_backward_by_roles(
     R: gl.constexpr, BACK: gl.constexpr, AHEAD: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr,
     NS: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, LACK: gl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of `length` tiles, as `window_backward`; LSE and DELTA are pointers.
+    """dq, dk, dv of `length` tiles, BACK or more, as `window_backward`; LSE and DELTA are pointers.
 
     AHEAD, BACK: a tile of keys is seen here by the queries AHEAD to AHEAD + BACK tiles later; a window that reaches
     back farther takes several of these passes. LACK: what is added to lacks the first tiles of queries and the last of
@@ -206,20 +234,20 @@ def window_backward_by_roles(
     LSE += numbers
     DELTA += numbers
     own = chunk * length
-    begin = gl.maximum(own - BACK, 0)
-    count = gl.minimum(own + length, (S + BT - 1) // BT - AHEAD) - begin
+    before = gl.where(chunk > 0, BACK, 0)
+    count = gl.minimum(length, (S + BT - 1) // BT - AHEAD - own)
     gl.warp_specialize(
         [
             (_gradients, (DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, q_full, q_empty, kv_full, kv_empty,
-                          pair_full, pair_empty, old_full, old_empty, b, head, begin, own, count, S,
+                          pair_full, pair_empty, old_full, old_empty, b, head, own, before, count,
                           softmax_scale, BT, BDQ, BDV, BACK, AHEAD, NQ, NKV, NP, NS, ADD)),
             (_weights, (0, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, AHEAD, NQ, NKV, NP)),
+                        own, before, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, AHEAD, NQ, NKV, NP)),
             (_weights, (1, LSE, DELTA, q, k, v, g, weights, scores, q_full, kv_full, pair_full, pair_empty,
-                        begin, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, AHEAD, NQ, NKV, NP)),
-            (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, begin, count,
+                        own, before, count, S, scale, log2e, BT, BDQ, BDV, R, BACK, AHEAD, NQ, NKV, NP)),
+            (_bring, (Q, K, V, G, q, k, v, g, q_full, q_empty, kv_full, kv_empty, b, head, own, before, count,
                       BACK, AHEAD, NQ, NKV)),
-            (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, begin, own, count, S,
+            (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, own, count, S,
                           AHEAD, NS, ADD, LACK)),
         ],
         [4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24],

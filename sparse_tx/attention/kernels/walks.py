@@ -10,6 +10,7 @@ tensors: all of the pass in the order of launch.py: q, k, v, out, lse, and backw
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -66,11 +67,11 @@ def forward_along(chain: Chain, run: Run, merge: bool, tensors: Sequence[Operand
     return None if walked is None else _walk_forward(chain, run, walked, merge, tensors, scale)
 
 
-def way_backward(chain: Chain, tensors: Sequence[Operand]) -> Way | None:
-    """How `backward_along` goes; None where tiles of their own do better, or must do it."""
+def way_backward(chain: Chain, add: bool, tensors: Sequence[Operand]) -> Way | None:
+    """How `backward_along` goes; None where tiles of their own do better, or must do it. add: to another part."""
     if (narrow := _roles(chain, tensors, narrow_roles, narrow_column_roles)) is not None:
         return narrow
-    by_roles = _roles(chain, tensors, roles, column_roles)
+    by_roles = _roles(chain, tensors, functools.partial(roles, add=add), column_roles)
     return _walk("backward", chain, tensors) if by_roles is None else by_roles
 
 
@@ -153,15 +154,15 @@ def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[
     return length, -(-tiles // length)
 
 
-def _chunks(tiles: int, rest: int, halo: int, most: int) -> tuple[int, int]:
+def _chunks(tiles: int, rest: int, halo: int, most: int, least: int) -> tuple[int, int]:
     """As `_spread`, where `most` programs run at a time: the fewest tiles one after the other, of which each chunk has
-    `halo` more than its own.
+    `halo` more than its own; of more than one chunk each has `least` of its own.
     """
 
     def cost(chunks: int) -> int:
         return -(-chunks * rest // most) * (-(-tiles // chunks) + halo)
 
-    length = -(-tiles // min(range(1, min(tiles, most) + 1), key=cost))
+    length = -(-tiles // min(range(1, max(1, min(tiles // least, most)) + 1), key=cost))
     return length, -(-tiles // length)
 
 
@@ -189,12 +190,14 @@ def _walk_forward(
 
 
 def _along(
-    chain: Chain, run: Run, q: Operand, rows: int, halo: int, heads: int = 1, programs: int = 1, ahead: int = 0
+    chain: Chain, run: Run, q: Operand, rows: int, halo: int, heads: int = 1, programs: int = 1, ahead: int = 0,
+    least: int = 1,
 ) -> tuple[int, tuple[int, ...], dict[str, object]]:
     """Programs, numbers and constants of a launch that goes along tiles of so many rows, or along whole columns.
 
     halo: what a program costs beyond its tiles of a window. heads: of a program, neighbours. programs: side by side on
-    a multiprocessor. ahead: tiles at the end of a window that are not gone along.
+    a multiprocessor. ahead: tiles at the end of a window that are not gone along. least: tiles of a program, if several
+    go along a sequence.
     """
     B, S, H, _ = q.shape
     groups = run.heads // heads
@@ -204,7 +207,7 @@ def _along(
         programs = -(-units // -(-units // most))
         of_columns = {"L": chain.L, "NEAR": chain.near, "NT": -(-chain.N // rows)}
         return programs, (S, H, run.head, groups, units), {"R": chain.R, **of_columns}
-    length, chunks = _chunks(-(-S // rows) - ahead, B * groups, halo, most)
+    length, chunks = _chunks(-(-S // rows) - ahead, B * groups, halo, most, least)
     return chunks * B * groups, (S, H, run.head, groups, chunks, length), {"R": chain.R}
 
 
@@ -240,8 +243,8 @@ def _window_by_roles(
     launches: list[Launch] = []
     for ahead in reversed(range(0, tiles, chosen.back + 1)):
         back = min(chosen.back, tiles - ahead - 1)
-        # The tiles that a walk begins with, and some two to begin and to end.
-        programs, numbers, constants = _along(chain, run, q, ROLES_TILE, back + 2, ahead=ahead)
+        # Half of the pairs with keys before a program's own, and some two tiles to begin and to end.
+        programs, numbers, constants = _along(chain, run, q, ROLES_TILE, back // 2 + 2, ahead=ahead, least=back)
         launch = Launch(
             window_backward_by_roles, programs,
             *by_tiles[:3], lse, by_tiles[3], delta, *by_tiles[4:], *numbers, scale * LOG2E.value, scale, LOG2E.value,
