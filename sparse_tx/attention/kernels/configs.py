@@ -44,7 +44,6 @@ class NarrowRoles(NamedTuple):
     tiles: int  # of queries, and of keys
     pairs: int  # of tiles, gradients of scores
     outputs: int  # tiles
-    stores: int  # tiles of gradients of each kind on their way in or out, dk and dv for each of the groups
     registers: int  # of a thread of a group that owns tiles of keys
 
 
@@ -216,7 +215,7 @@ def _narrow(places: tuple[int, ...], pairs: int) -> NarrowRoles | None:
     for tiles, outputs in itertools.product(places, (4, 2)):
         # Beside them five tiles of gradients on their way out, log-sum-exp and delta of the queries.
         if (4 * tiles + 5 + outputs) * tile + pairs * pair + tiles * 8 * ROLES_TILE <= _SHARED:
-            return NarrowRoles(tiles, pairs, outputs, 1, 208)
+            return NarrowRoles(tiles, pairs, outputs, 208)
     return None
 
 
@@ -235,9 +234,9 @@ def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
 def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     """As `column_roles`."""
     tiles = -(-N // ROLES_TILE)
-    if (Dqk, Dv) not in ROLES_COLUMNS or tiles < 2:
+    if (Dqk, Dv) not in ROLES_COLUMNS or N <= ROLES_TILE // 2:
         return None
-    most = (3,) if tiles == 2 else (2, 1)  # see `column_forward_by_roles`
+    most = (3,) if tiles <= 2 else (2, 1)  # see `column_forward_by_roles`
     for columns, queries in itertools.product(most, (6, 3)):
         if 2 * ROLES_TILE * (queries * Dqk + 3 * Dv + columns * tiles * (Dqk + Dv)) <= _SHARED:
             return ForwardRoles(queries, columns, 3, 160)

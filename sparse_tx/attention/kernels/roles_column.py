@@ -1,7 +1,7 @@
 """The backward pass of columns of a few tiles by warps with roles, in Gluon for GPUs of compute capability 9.0.
 
-As `roles` does with a window, a program goes along columns one after the other: one warp brings tiles, another the
-gradients of another pass, two make delta, two groups of four take turns in the weights of a pair and the gradients of
+As `roles` does with a window, a program goes along columns one after the other: one warp brings tiles of queries,
+another those of keys and the gradients of another pass, two make delta, two groups of four take turns in the weights of a pair and the gradients of
 its scores, a further group makes dq, dk and dv of them, in registers. A pass has NT tiles of queries of each column,
 FIRST tiles from its beginning: their pairs are a rectangle with the keys before them, and a triangle.
 
@@ -53,39 +53,35 @@ def _visit(n, FIRST: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.c
 
 
 @gluon.jit
-def _bring(
-    Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty, h0, heads, units,
-    L: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NO: gl.constexpr,
+def _bring_queries(
+    Q, O, G, q, o, g, q_full, q_empty, o_full, o_empty, h0, heads, units,
+    L: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NO: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(column_turns(units)):
         b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
-        head = h0 + h
-        keys = c * (FIRST + NT)
-        bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, 0, 0], keys, NKV)
         for i in gl.static_range(NT):
             row = (FIRST + i) * BT
-            bring_two(Q, G, q, g, q_full, q_empty, [b, head, column, row, 0], c * NT + i, NQ)
-            bring(O, o, o_full, o_empty, [b, head, column, row, 0], c * NT + i, NO)
-        for t in range(1, FIRST + NT):
-            bring_two(K, V, k, v, kv_full, kv_empty, [b, head, column, t * BT, 0], keys + t, NKV)
+            bring_two(Q, G, q, g, q_full, q_empty, [b, h0 + h, column, row, 0], c * NT + i, NQ)
+            bring(O, o, o_full, o_empty, [b, h0 + h, column, row, 0], c * NT + i, NO)
 
 
 @gluon.jit
-def _bring_old(
-    DK, DV, dk_at, dv_at, old_full, old_empty, h0, heads, units,
-    L: gl.constexpr, TILES: gl.constexpr, ADD: gl.constexpr,
+def _bring_keys(
+    K, V, DK, DV, k, v, dk_at, dv_at, kv_full, kv_empty, old_full, old_empty, h0, heads, units,
+    L: gl.constexpr, TILES: gl.constexpr, NKV: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values of another pass, to which these are added; by a warp of its own, as of `roles`."""
-    if ADD:
-        BT: gl.constexpr = DK.block_shape[3]
-        for m in range(column_turns(units) * TILES):
+    """ADD: and gradients of keys and values of another pass, to which these are added, wanted some two tiles later."""
+    BT: gl.constexpr = K.block_shape[3]
+    LATER: gl.constexpr = 2 if ADD else 0
+    for m in range(column_turns(units) * TILES + LATER):
+        if m < column_turns(units) * TILES:
             b, h, column = column_unit(m // TILES, gl.program_id(0), gl.num_programs(0), heads, L)
-            row = m % TILES * BT
-            mbarrier.wait(old_empty.index(0), (m & 1) ^ 1)
-            mbarrier.expect(old_full.index(0), 2 * BT * (DK.block_shape[4] + DV.block_shape[4]))
-            tma.async_copy_global_to_shared(DK, [b, h0 + h, column, row, 0], old_full.index(0), dk_at)
-            tma.async_copy_global_to_shared(DV, [b, h0 + h, column, row, 0], old_full.index(0), dv_at)
+            bring_two(K, V, k, v, kv_full, kv_empty, [b, h0 + h, column, m % TILES * BT, 0], m, NKV)
+        if ADD and m >= LATER:
+            n = m - LATER
+            b, h, column = column_unit(n // TILES, gl.program_id(0), gl.num_programs(0), heads, L)
+            bring_two(DK, DV, dk_at, dv_at, old_full, old_empty, [b, h0 + h, column, n % TILES * BT, 0], n, 1)
 
 
 @gluon.jit
@@ -185,11 +181,11 @@ def _gradients(
                 mbarrier.wait(old_full.index(0), keys & 1)
             else:
                 tma.store_wait(0)
-            written(dk_at, done[0] * softmax_scale, ADD)
-            written(dv_at, done[1], ADD)
+            written(dk_at.index(0), done[0] * softmax_scale, ADD)
+            written(dv_at.index(0), done[1], ADD)
             fence_async_shared()
-            tma.async_copy_shared_to_global(DK, [b, head, column, t * BT, 0], dk_at)
-            tma.async_copy_shared_to_global(DV, [b, head, column, t * BT, 0], dv_at)
+            tma.async_copy_shared_to_global(DK, [b, head, column, t * BT, 0], dk_at.index(0))
+            tma.async_copy_shared_to_global(DV, [b, head, column, t * BT, 0], dv_at.index(0))
             sums = done[2:]
         for i in gl.static_range(NT):
             keys = c * (FIRST + NT) + FIRST + i
@@ -202,14 +198,14 @@ def _gradients(
                 mbarrier.wait(old_full.index(0), keys & 1)
             else:
                 tma.store_wait(0)
-            written(dq_at, done[2] * softmax_scale, False)
-            written(dk_at, done[0] * softmax_scale, ADD)
-            written(dv_at, done[1], ADD)
+            written(dq_at.index(0), done[2] * softmax_scale, False)
+            written(dk_at.index(0), done[0] * softmax_scale, ADD)
+            written(dv_at.index(0), done[1], ADD)
             fence_async_shared()
             row = (FIRST + i) * BT
-            tma.async_copy_shared_to_global(DQ, [b, head, column, row, 0], dq_at)
-            tma.async_copy_shared_to_global(DK, [b, head, column, row, 0], dk_at)
-            tma.async_copy_shared_to_global(DV, [b, head, column, row, 0], dv_at)
+            tma.async_copy_shared_to_global(DQ, [b, head, column, row, 0], dq_at.index(0))
+            tma.async_copy_shared_to_global(DK, [b, head, column, row, 0], dk_at.index(0))
+            tma.async_copy_shared_to_global(DV, [b, head, column, row, 0], dv_at.index(0))
             sums = done[3:]
     tma.store_wait(0)
 
@@ -240,9 +236,9 @@ def column_backward_by_roles(
     o = gl.allocate_shared_memory(dtype, [NO, 1, 1, 1, BT, BDV], O.layout)
     weights = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
     scores = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
-    dq_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDQ], DQ.layout)
-    dk_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDQ], DK.layout)
-    dv_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDV], DV.layout)
+    dq_at = gl.allocate_shared_memory(dtype, [1, 1, 1, 1, BT, BDQ], DQ.layout)
+    dk_at = gl.allocate_shared_memory(dtype, [1, 1, 1, 1, BT, BDQ], DK.layout)
+    dv_at = gl.allocate_shared_memory(dtype, [1, 1, 1, 1, BT, BDV], DV.layout)
     lse_at = gl.allocate_shared_memory(gl.float32, [NQ, BT], plain)
     delta_at = gl.allocate_shared_memory(gl.float32, [NQ, BT], plain)
     q_full, q_empty = barriers(NQ), barriers(NQ)
@@ -261,12 +257,13 @@ def column_backward_by_roles(
                         pair_empty, units, scale, BT, BDQ, BDV, NEAR, R, FIRST, NT, NQ, NKV, NP)),
             (_weights, (1, q, k, v, g, lse_at, delta_at, weights, scores, q_full, kv_full, numbers_full, pair_full,
                         pair_empty, units, scale, BT, BDQ, BDV, NEAR, R, FIRST, NT, NQ, NKV, NP)),
-            (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
-                      h0, heads, units, L, FIRST, NT, NQ, NKV, NO)),
+            (_bring_queries, (Q, O, G, q, o, g, q_full, q_empty, o_full, o_empty, h0, heads, units,
+                              L, FIRST, NT, NQ, NO)),
             (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
                        0, h0, gl.program_id(0), gl.num_programs(0), heads, column_turns(units) * NT, S, H,
                        L, BT, BDV, NT - 1, FIRST, NT, NQ, NO, True, STORE_DELTA, HAS_DLSE)),
-            (_bring_old, (DK, DV, dk_at, dv_at, old_full, old_empty, h0, heads, units, L, FIRST + NT, ADD)),
+            (_bring_keys, (K, V, DK, DV, k, v, dk_at, dv_at, kv_full, kv_empty, old_full, old_empty, h0, heads, units,
+                           L, FIRST + NT, NKV, ADD)),
         ],
         [4, 4, 1, 2, 1], [REGISTERS, REGISTERS, 40, 40, 40],
     )  # fmt: skip

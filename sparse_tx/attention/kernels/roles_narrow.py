@@ -62,7 +62,7 @@ def _bring(
 @gluon.jit
 def _bring_old(
     DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, count, N,
-    GROUPS: gl.constexpr, NS: gl.constexpr, ADD: gl.constexpr,
+    GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """Gradients of another part, to which those of a window are added; by a warp of its own, or the tiles above would
     wait too.
@@ -70,16 +70,15 @@ def _bring_old(
     if ADD:
         BT: gl.constexpr = DQ.block_shape[3]
         for m in range(count):
-            at = m % (GROUPS * NS)
+            group = m % GROUPS
             row = gl.where(first + m >= own, (first + m) * BT, N)  # of a program's own tiles
-            mbarrier.wait(old_empty.index(at), (m // (GROUPS * NS) & 1) ^ 1)
-            mbarrier.expect(old_full.index(at), 2 * BT * (DK.block_shape[4] + DV.block_shape[4]))
-            tma.async_copy_global_to_shared(DK, [b, head, 0, row, 0], old_full.index(at), dk_at.index(at))
-            tma.async_copy_global_to_shared(DV, [b, head, 0, row, 0], old_full.index(at), dv_at.index(at))
-            of_queries = GROUPS * NS + m % NS
-            mbarrier.wait(old_empty.index(of_queries), (m // NS & 1) ^ 1)
-            mbarrier.expect(old_full.index(of_queries), 2 * BT * DQ.block_shape[4])
-            tma.async_copy_global_to_shared(DQ, [b, head, 0, row, 0], old_full.index(of_queries), dq_at.index(m % NS))
+            mbarrier.wait(old_empty.index(group), (m // GROUPS & 1) ^ 1)
+            mbarrier.expect(old_full.index(group), 2 * BT * (DK.block_shape[4] + DV.block_shape[4]))
+            tma.async_copy_global_to_shared(DK, [b, head, 0, row, 0], old_full.index(group), dk_at.index(group))
+            tma.async_copy_global_to_shared(DV, [b, head, 0, row, 0], old_full.index(group), dv_at.index(group))
+            mbarrier.wait(old_empty.index(GROUPS), (m & 1) ^ 1)
+            mbarrier.expect(old_full.index(GROUPS), 2 * BT * DQ.block_shape[4])
+            tma.async_copy_global_to_shared(DQ, [b, head, 0, row, 0], old_full.index(GROUPS), dq_at)
 
 
 @gluon.jit
@@ -100,8 +99,7 @@ def _keys(
     q_full, q_empty, kv_full, numbers_full, pair_full, pair_empty, old_full, old_empty,
     b, head, first, own, count, N, scale, softmax_scale, L: gl.constexpr,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, BACK: gl.constexpr,
-    NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr,
-    NS: gl.constexpr, ADD: gl.constexpr,
+    NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of every second tile, or of the tiles of every second column; gradients of scores (keys, queries)."""
     TILES: gl.constexpr = NT if NT > 0 else 1
@@ -137,7 +135,7 @@ def _keys(
                 if ADD and far == 1:
                     tma.store_wait(0)
                     if unit > WHICH:
-                        mbarrier.arrive(old_empty.index((unit - GROUPS) % (GROUPS * NS)), count=1)
+                        mbarrier.arrive(old_empty.index(WHICH), count=1)
                 p = gl.exp2(s * scale - lse[None, :])
                 if pair_is_masked(far, BT, NEAR, R):
                     p = gl.where(pair_seen(query[None, :], key[:, None], far, BT, NEAR, R), p, 0.0)
@@ -159,19 +157,18 @@ def _keys(
                     mbarrier.arrive(pair_full.index(n % NP), count=1)
             dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
             mbarrier.arrive(q_empty.index((m + BACK - t) % NQ), count=1)
-            out = unit % (GROUPS * NS)
             if ADD:
-                mbarrier.wait(old_full.index(out), unit // (GROUPS * NS) & 1)
+                mbarrier.wait(old_full.index(WHICH), unit // GROUPS & 1)
             else:
                 tma.store_wait(0)
-            written(dk_at.index(out), dk * softmax_scale, ADD)
-            written(dv_at.index(out), dv, ADD)
+            written(dk_at.index(WHICH), dk * softmax_scale, ADD)
+            written(dv_at.index(WHICH), dv, ADD)
             fence_async_shared()
             of, _, column, row = place(m, b, head, first, 1, 1, L, BT, 0, NT)
             if NT == 0:
                 row = gl.where(first + m >= own, row, N)  # a tile of another program is stored beyond the end
-            tma.async_copy_shared_to_global(DK, [of, head, column, row, 0], dk_at.index(out))
-            tma.async_copy_shared_to_global(DV, [of, head, column, row, 0], dv_at.index(out))
+            tma.async_copy_shared_to_global(DK, [of, head, column, row, 0], dk_at.index(WHICH))
+            tma.async_copy_shared_to_global(DV, [of, head, column, row, 0], dv_at.index(WHICH))
     tma.store_wait(0)
 
 
@@ -180,7 +177,7 @@ def _queries(
     DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
     b, head, first, own, count, N, softmax_scale,
     L: gl.constexpr, BT: gl.constexpr, BDQ: gl.constexpr, BACK: gl.constexpr, NT: gl.constexpr,
-    NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, NS: gl.constexpr, ADD: gl.constexpr,
+    NKV: gl.constexpr, NP: gl.constexpr, GROUPS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """dq of one tile after the other, from the gradients of scores of all tiles of keys that it sees."""
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
@@ -189,7 +186,7 @@ def _queries(
         if ADD:
             tma.store_wait(0)
             if i > 0:
-                mbarrier.arrive(old_empty.index(GROUPS * NS + (i - 1) % NS), count=1)
+                mbarrier.arrive(old_empty.index(GROUPS), count=1)
         if NT == 0:
             most = gl.minimum(i, BACK)
         else:
@@ -210,17 +207,16 @@ def _queries(
             if most == NT - 1:
                 for t in gl.static_range(NT):
                     mbarrier.arrive(kv_empty.index((i - t) % NKV), count=1)
-        out = i % NS
         if ADD:
-            mbarrier.wait(old_full.index(GROUPS * NS + out), i // NS & 1)
+            mbarrier.wait(old_full.index(GROUPS), i & 1)
         else:
             tma.store_wait(0)
-        written(dq_at.index(out), dq * softmax_scale, ADD)
+        written(dq_at, dq * softmax_scale, ADD)
         fence_async_shared()
         of, _, column, row = place(i, b, head, first, 1, 1, L, BT, 0, NT)
         if NT == 0:
             row = gl.where(first + i >= own, row, N)
-        tma.async_copy_shared_to_global(DQ, [of, head, column, row, 0], dq_at.index(out))
+        tma.async_copy_shared_to_global(DQ, [of, head, column, row, 0], dq_at)
     tma.store_wait(0)
 
 
@@ -228,8 +224,8 @@ def _queries(
 def narrow_backward_by_roles(
     Q, K, V, O, LSE, G, DLSE, DELTA, DQ, DK, DV, S, H, h0, heads, programs, length, N, scale, softmax_scale,
     L: gl.constexpr, NEAR: gl.constexpr, R: gl.constexpr, NT: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
-    NP: gl.constexpr, NO: gl.constexpr, NS: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr,
-    DELTA_HERE: gl.constexpr, STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
+    NP: gl.constexpr, NO: gl.constexpr, REGISTERS: gl.constexpr, ADD: gl.constexpr, DELTA_HERE: gl.constexpr,
+    STORE_DELTA: gl.constexpr, HAS_DLSE: gl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv of `length` tiles of a window (NT = 0), as `window_backward`, or of a share of `length` columns of NT
     tiles, as `column_backward_by_roles`; here neighbours are a program's own.
@@ -237,7 +233,7 @@ def narrow_backward_by_roles(
     N: entries of a sequence or column. LSE, DLSE, DELTA: pointers to (B, H, S). NQ, NKV, NP, NO: tiles of queries and
     of keys, pairs, and tiles of the output, in shared memory at a time; the first three are multiples of those of two
     columns, and NP of those of two tiles of a window, or a barrier would have phases that a group has not seen.
-    NS: tiles of gradients on their way, of each kind. REGISTERS: of a thread of a group with keys.
+    REGISTERS: of a thread of a group with keys.
     """
     GROUPS: gl.constexpr = 2
     BT: gl.constexpr = Q.block_shape[3]
@@ -253,9 +249,9 @@ def narrow_backward_by_roles(
     k = gl.allocate_shared_memory(dtype, [NKV, 1, 1, 1, BT, BDQ], K.layout)
     v = gl.allocate_shared_memory(dtype, [NKV, 1, 1, 1, BT, BDV], V.layout)
     scores = gl.allocate_shared_memory(dtype, [NP, BT, BT], pair)
-    dq_at = gl.allocate_shared_memory(dtype, [NS, 1, 1, 1, BT, BDQ], DQ.layout)
-    dk_at = gl.allocate_shared_memory(dtype, [GROUPS * NS, 1, 1, 1, BT, BDQ], DK.layout)
-    dv_at = gl.allocate_shared_memory(dtype, [GROUPS * NS, 1, 1, 1, BT, BDV], DV.layout)
+    dq_at = gl.allocate_shared_memory(dtype, [1, 1, 1, BT, BDQ], DQ.layout)
+    dk_at = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 1, BT, BDQ], DK.layout)
+    dv_at = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 1, BT, BDV], DV.layout)
     lse_at = gl.allocate_shared_memory(gl.float32, [NQ, BT], plain)
     delta_at = gl.allocate_shared_memory(gl.float32, [NQ, BT], plain)
     q_full, numbers_full = barriers(NQ), barriers(NQ)
@@ -265,7 +261,7 @@ def narrow_backward_by_roles(
     kv_full, kv_empty = barriers(NKV), barriers(NKV)
     o_full, o_empty = barriers(NO), barriers(NO)
     pair_full, pair_empty = barriers(NP), barriers(NP)
-    old_full, old_empty = barriers((GROUPS + 1) * NS), barriers((GROUPS + 1) * NS)
+    old_full, old_empty = barriers(GROUPS + 1), barriers(GROUPS + 1)
     fence_async_shared()
     index, b, h = program(programs, heads, False)
     head = h0 + h
@@ -282,17 +278,17 @@ def narrow_backward_by_roles(
         [
             (_queries, (DQ, k, scores, dq_at, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
                         b, head, first, own, count, N, softmax_scale, L, BT, BDQ, BACK, NT, NKV, NP, GROUPS,
-                        NS, ADD)),
+                        ADD)),
             (_keys, (0, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
                      numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N,
-                     scale, softmax_scale, L, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, NS, ADD)),
+                     scale, softmax_scale, L, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_keys, (1, DK, DV, q, k, v, g, lse_at, delta_at, scores, dk_at, dv_at, q_full, q_empty, kv_full,
                      numbers_full, pair_full, pair_empty, old_full, old_empty, b, head, first, own, count, N,
-                     scale, softmax_scale, L, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, NS, ADD)),
+                     scale, softmax_scale, L, BT, BDQ, BDV, NEAR, R, BACK, NT, NQ, NKV, NP, GROUPS, ADD)),
             (_bring, (Q, K, V, O, G, q, k, v, o, g, q_full, q_empty, kv_full, kv_empty, o_full, o_empty,
                       b, head, first, count, L, BACK, NT, NQ, NKV, NO, DELTA_HERE)),
             (_bring_old, (DQ, DK, DV, dq_at, dk_at, dv_at, old_full, old_empty, b, head, first, own, count, N,
-                          GROUPS, NS, ADD)),
+                          GROUPS, ADD)),
             (numbers, (LSE, DLSE, DELTA, g, o, lse_at, delta_at, q_full, q_empty, o_full, o_empty, numbers_full,
                        b, head, first, 1, 1, count, S, H, L, BT, BDV, BACK, 0, NT, NQ, NO,
                        DELTA_HERE, STORE_DELTA, HAS_DLSE)),

@@ -297,7 +297,7 @@ def _narrow_backward(
         narrow_backward_by_roles, programs,
         *described, *numbers, q.shape[1] // chain.L, scale * LOG2E.value, scale,
         **constants, NQ=chosen.tiles, NKV=chosen.tiles, NP=chosen.pairs, NO=chosen.outputs,
-        NS=chosen.stores, REGISTERS=chosen.registers, ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse,
+        REGISTERS=chosen.registers, ADD=add, DELTA_HERE=delta_here, STORE_DELTA=store_delta, HAS_DLSE=has_dlse,
         num_warps=4,
     )  # fmt: skip
 
