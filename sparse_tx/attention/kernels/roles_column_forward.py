@@ -80,11 +80,11 @@ def _attend(
         mbarrier.arrive(q_empty.index(here), count=1)
         empty = total == 0.0
         some = gl.where(empty, 1.0, total)
-        gl.store(LSE + of_head + rows, gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2), mask=rows < S)
         tma.store_wait(0)
         out.store((acc / gl.convert_layout(some, gl.SliceLayout(1, wide))[:, None]).to(q.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(O, [b, head, column, i * BT, 0], o.index(WHICH))
+        gl.store(LSE + of_head + rows, gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2), mask=rows < S)
     tma.store_wait(0)
 
 

@@ -67,6 +67,7 @@ def numbers(
         of_head = (of.to(gl.int64) * H + at_head) * S
         mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
         lse_at.index(at).store(lse * LOG2E)
+        deltas = ()
         if DELTA_HERE:
             mbarrier.wait(q_full.index(at), i // NQ & 1)
             mbarrier.wait(o_full.index(i % NO), i // NO & 1)
@@ -77,11 +78,14 @@ def numbers(
                 made = gl.sum(outs.to(gl.float32) * grads.to(gl.float32), 1)
                 if HAS_DLSE:
                     made -= gl.load(DLSE + of_head + rows, mask=rows < S, other=0.0)
-                if STORE_DELTA:
-                    gl.store(DELTA + of_head + rows, made, mask=rows < S)
+                deltas += (made,)
                 delta_at.index(at).slice(part * ROWS, ROWS).store(made)
             mbarrier.arrive(o_empty.index(i % NO), count=1)
         else:
             delta_at.index(at).store(delta)
         lse, delta = next_lse, next_delta
         mbarrier.arrive(numbers_full.index(at), count=1)
+        if STORE_DELTA:  # last: of columns these are many small stores
+            for part in gl.static_range(len(deltas)):
+                rows = (row + part * ROWS + of_block) * L + column
+                gl.store(DELTA + of_head + rows, deltas[part], mask=rows < S)
