@@ -212,6 +212,10 @@ def test_programs_that_go_along_a_sequence_are_one_wave(tiles, rest, most):
     length, chunks = _chunks(tiles, rest, 2, most)
     assert (chunks - 1) * length < tiles <= chunks * length
     assert most // 2 < chunks * rest <= most
+    least = 3 * length
+    length, chunks = _chunks(tiles, rest, 2, most, least)
+    assert (chunks - 1) * length < tiles <= chunks * length
+    assert length >= least or chunks == 1
 
 
 def test_what_triton_compiled_is_launched_again_with_all_arguments_in_place():

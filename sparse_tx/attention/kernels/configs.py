@@ -169,9 +169,12 @@ def _pass(back: int, Dqk: int, Dv: int, outputs: int = 0, stores: int = 1) -> Ro
     return None
 
 
-# Widths of heads whose columns of two tiles and more go by roles, and the most passes over them backwards. Audio's
-# column of 256 entries, us on an H200, forward and backward with delta: 80, 189 (125, 335 by tiles of their own);
-# ImageNet64's of 96, heads 32 wide, 233 (190).
+# Widths of heads whose columns go by roles, and the most passes over them backwards, of two tiles and more. Us on an
+# H200, forward and backward with delta, by tiles of their own in brackets: audio's column of 256 entries 80, 156 (125,
+# 335); at 2^20 positions of 8 heads columns of 64 entries 1,072 (1,236) forward, of 512 1,776, 4,387 (2,565, 8,295), of
+# 1,024 8,077 (14,726) backward; ImageNet64's of 96, heads 32 wide, 233 (190). Where memory alone counts, fewer places
+# did better, with which programs beside each other stay together: two tiles, backward, three of queries and two of keys
+# 2,397, four and three 2,620; forward three of queries 1,096, six 1,125.
 ROLES_COLUMNS: dict[tuple[int, int], int] = {(64, 64): 4}
 
 
@@ -184,7 +187,8 @@ def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
         own = -(-tiles // passes)
         found = _pass(own - 1, Dqk, Dv, 2) or _pass(own - 1, Dqk, Dv, 1)
         if found is not None and found.queries > own:
-            return found._replace(registers=found.registers - (8 if own < 4 else 16))  # tiles of dq spill else
+            found = found._replace(registers=found.registers - (8 if own < 4 else 16))  # tiles of dq spill else
+            return found._replace(queries=3, keys=2) if own == 2 else found
     return None
 
 
@@ -220,7 +224,9 @@ def _narrow(places: tuple[int, ...], pairs: int) -> NarrowRoles | None:
 
 
 def forward_roles(R: int, Dqk: int, Dv: int) -> ForwardRoles | None:
-    """As `roles`. On an H100, us: CIFAR-10's window 36.8 (41.6), audio's 145 (178); heads 32 wide lose: 124 (100)."""
+    """As `roles`. On an H100, us: CIFAR-10's window 36.8 (41.6), audio's 145 (178); ImageNet64's, heads 32 wide, lost:
+    124 (100), where they reach farther they win: 256 keys, B4 S32768 H16 on an H200, 410 (554), 512 keys 679 (677).
+    """
     back = -(-R // ROLES_TILE)
     if back < 1 or min(Dqk, Dv) < (64 if back <= 2 else 32) or max(Dqk, Dv) > 128:
         return None
@@ -237,7 +243,7 @@ def column_forward_roles(N: int, Dqk: int, Dv: int) -> ForwardRoles | None:
     if (Dqk, Dv) not in ROLES_COLUMNS or N <= ROLES_TILE // 2:
         return None
     most = (3,) if tiles <= 2 else (2, 1)  # see `column_forward_by_roles`
-    for columns, queries in itertools.product(most, (6, 3)):
+    for columns, queries in itertools.product(most, (3,) if tiles == 2 else (6, 3)):
         if 2 * ROLES_TILE * (queries * Dqk + 3 * Dv + columns * tiles * (Dqk + Dv)) <= _SHARED:
             return ForwardRoles(queries, columns, 3, 160)
     return None

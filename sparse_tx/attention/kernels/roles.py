@@ -203,9 +203,9 @@ def window_backward_by_roles(
     AHEAD, BACK: a tile of keys is seen here by the queries AHEAD to AHEAD + BACK tiles later; a window that reaches
     back farther takes several of these passes. LACK: what is added to lacks the first tiles of queries and the last of
     keys, so many: an earlier pass was LACK tiles ahead. NQ, NKV, NP, NS: tiles of queries and of keys, pairs, and tiles
-    of gradients on their way, in shared memory at a time. REGISTERS: of a thread that makes weights; the group that makes gradients has the rest. log2e: a
-    number that the compiler does not know, or it would multiply by it as soon as a log-sum-exp is asked for, and wait
-    for that.
+    of gradients on their way, in shared memory at a time. REGISTERS: of a thread that makes weights; the group that
+    makes gradients has the rest. log2e: a number that the compiler does not know, or it would multiply by it as soon as
+    a log-sum-exp is asked for, and wait for that.
     """
     BT: gl.constexpr = Q.block_shape[2]
     BDQ: gl.constexpr = Q.block_shape[3]

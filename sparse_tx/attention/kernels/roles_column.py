@@ -1,9 +1,10 @@
 """The backward pass of columns of a few tiles by warps with roles, in Gluon for GPUs of compute capability 9.0.
 
 As `roles` does with a window, a program goes along columns one after the other: one warp brings tiles of queries,
-another those of keys and the gradients of another pass, two make delta, two groups of four take turns in the weights of a pair and the gradients of
-its scores, a further group makes dq, dk and dv of them, in registers. A pass has NT tiles of queries of each column,
-FIRST tiles from its beginning: their pairs are a rectangle with the keys before them, and a triangle.
+another those of keys and the gradients of another pass, two make delta, two groups of four take turns in the weights of
+a pair and the gradients of its scores, a further group makes dq, dk and dv of them, in registers. A pass has NT tiles
+of queries of each column, FIRST tiles from its beginning: their pairs are a rectangle with the keys before them, and a
+triangle.
 
 Names: c counts the program's columns, t the tiles of keys of a column, n the pairs in the order of `_pair`. Tensors are
 (B, H, L, N, D) by descriptor, in blocks of (1, 1, 1, BT, D).

@@ -84,6 +84,7 @@ def _attend(
         out.store((acc / gl.convert_layout(some, gl.SliceLayout(1, wide))[:, None]).to(q.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(O, [b, head, column, i * BT, 0], o.index(WHICH))
+        # After the fence, or that would wait for these many small stores.
         gl.store(LSE + of_head + rows, gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2), mask=rows < S)
     tma.store_wait(0)
 

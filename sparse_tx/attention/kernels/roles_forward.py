@@ -58,9 +58,10 @@ def _attend(
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     zero = gl.zeros([BT, BT], gl.float32, layout)
     # The tiles before the program's own have fewer queries here. A barrier tells its last phase from the next alone: a
-    # group that looks only at later ones waits for these too and counts as one of the others, the first group as the rest.
+    # group that looks only at later ones waits for these too and counts as one of the others, the first group as all
+    # that are left.
     for early in gl.static_range(BACK):
-        if WHICH == 0 and BACK > max(early, GROUPS - 1):
+        if WHICH == 0 and max(early, GROUPS - 1) < BACK:
             mbarrier.arrive(kv_empty.index(early), count=BACK - max(early, GROUPS - 1))
         if early < WHICH and WHICH <= BACK:
             mbarrier.wait(kv_full.index(early), 0)
@@ -79,8 +80,8 @@ def _attend(
         here = i % NQ
         mbarrier.wait(q_full.index(here), i // NQ & 1)
         queries = q.index(here).reshape([BT, BDQ])
-        # The farthest first: their place is that of the next that come. Not unrolled: each group has instructions of its
-        # own, and together they must not miss the caches.
+        # The farthest first: their place is that of the next that come. Not unrolled: each group has instructions of
+        # its own, and together they must not miss the caches.
         for t in range(i, i + BACK + 1):
             far = i + BACK - t
             mbarrier.wait(kv_full.index(t % NKV), t // NKV & 1)
@@ -110,10 +111,10 @@ def _attend(
             acc += out.load(wide).to(gl.float32) * gl.convert_layout(beta, rows_of)[:, None]
         else:
             tma.store_wait(0)
-        gl.store(LSE + rows, (top + gl.log2(total)) * LN2, mask=valid)
         out.store((acc / gl.convert_layout(total, gl.SliceLayout(1, wide))[:, None]).to(q.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(O, [b, head, row, 0], o.index(WHICH))
+        gl.store(LSE + rows, (top + gl.log2(total)) * LN2, mask=valid)  # after the fence, or that would wait for it
     tma.store_wait(0)
 
 

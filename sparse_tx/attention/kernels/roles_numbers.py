@@ -14,8 +14,8 @@ from sparse_tx.attention.kernels.tiles import LOG2E, column_unit
 
 @gluon.jit
 def place(m, b, head, first, step, heads, L: gl.constexpr, BT: gl.constexpr, FIRST: gl.constexpr, NT: gl.constexpr):
-    """Batch entry, head, column and row of the program's tile m: of a window (NT = 0) of batch entry b from tile `first`
-    on, or of columns of so many heads from `head` on, as of `column_unit`, and of each NT tiles after FIRST others.
+    """Batch entry, head, column and row of the program's tile m: of a window (NT = 0) of batch entry b from tile
+    `first` on, or of columns of so many heads from `head` on, as of `column_unit`, of each NT tiles after FIRST others.
     """
     if NT == 0:
         column = 0
@@ -49,7 +49,8 @@ def numbers(
 ):  # fmt: skip
     """Log-sum-exp in base 2 and delta of each tile of queries; those of the next are on their way.
 
-    BACK: as of `roles_narrow`. FIRST, NT: as of `place`. NQ, NO: tiles of queries and of the output in shared memory at a time.
+    BACK: as of `roles_narrow`. FIRST, NT: as of `place`. NQ, NO: tiles of queries and of the output in shared memory at
+    a time.
     """
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [2], [0])
     block: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BDV, BDV // 8], [2, 1], [1, 0])
@@ -67,7 +68,6 @@ def numbers(
         of_head = (of.to(gl.int64) * H + at_head) * S
         mbarrier.wait(q_empty.index(at), (i // NQ & 1) ^ 1)
         lse_at.index(at).store(lse * LOG2E)
-        deltas = ()
         if DELTA_HERE:
             mbarrier.wait(q_full.index(at), i // NQ & 1)
             mbarrier.wait(o_full.index(i % NO), i // NO & 1)
@@ -78,14 +78,12 @@ def numbers(
                 made = gl.sum(outs.to(gl.float32) * grads.to(gl.float32), 1)
                 if HAS_DLSE:
                     made -= gl.load(DLSE + of_head + rows, mask=rows < S, other=0.0)
-                deltas += (made,)
                 delta_at.index(at).slice(part * ROWS, ROWS).store(made)
             mbarrier.arrive(o_empty.index(i % NO), count=1)
         else:
             delta_at.index(at).store(delta)
         lse, delta = next_lse, next_delta
         mbarrier.arrive(numbers_full.index(at), count=1)
-        if STORE_DELTA:  # last: of columns these are many small stores
-            for part in gl.static_range(len(deltas)):
-                rows = (row + part * ROWS + of_block) * L + column
-                gl.store(DELTA + of_head + rows, deltas[part], mask=rows < S)
+        if DELTA_HERE and STORE_DELTA:  # last, or the others would wait for these, of columns many small stores
+            rows = (row + local) * L + column
+            gl.store(DELTA + of_head + rows, delta_at.index(at).load(flat), mask=rows < S)

@@ -147,7 +147,7 @@ def column_turns(units):
 
 @triton.jit
 def column_unit(turn, first, step, heads, L: tl.constexpr):
-    """Batch entry, head and column of a turn, where every `step`-th column of so many heads is taken from `first` on."""
+    """Batch entry, head and column of a turn: of the columns of so many heads every `step`-th from `first` on."""
     unit = turn * step + first
     column = unit // heads
     return column // L, unit % heads, column % L

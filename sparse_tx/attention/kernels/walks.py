@@ -154,7 +154,7 @@ def _spread(tiles: int, rest: int, chosen: Walk, device: torch.device) -> tuple[
     return length, -(-tiles // length)
 
 
-def _chunks(tiles: int, rest: int, halo: int, most: int, least: int) -> tuple[int, int]:
+def _chunks(tiles: int, rest: int, halo: int, most: int, least: int = 1) -> tuple[int, int]:
     """As `_spread`, where `most` programs run at a time: the fewest tiles one after the other, of which each chunk has
     `halo` more than its own; of more than one chunk each has `least` of its own.
     """
@@ -190,7 +190,14 @@ def _walk_forward(
 
 
 def _along(
-    chain: Chain, run: Run, q: Operand, rows: int, halo: int, heads: int = 1, programs: int = 1, ahead: int = 0,
+    chain: Chain,
+    run: Run,
+    q: Operand,
+    rows: int,
+    halo: int,
+    heads: int = 1,
+    programs: int = 1,
+    ahead: int = 0,
     least: int = 1,
 ) -> tuple[int, tuple[int, ...], dict[str, object]]:
     """Programs, numbers and constants of a launch that goes along tiles of so many rows, or along whole columns.

@@ -129,8 +129,8 @@ def window_forward_by_warps(
         total = gl.sum(sums, 2)
         if MERGE:
             total += share
-        gl.store(LSE + rows, (new + gl.log2(total)) * LN2, mask=valid)
         out.store((acc * (1.0 / total)[:, :, None]).to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(O, [b, head, (own + i) * T, 0], o.index(i % 3))
+        gl.store(LSE + rows, (new + gl.log2(total)) * LN2, mask=valid)  # after the fence, or that would wait for it
     tma.store_wait(0)
