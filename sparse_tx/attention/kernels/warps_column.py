@@ -58,7 +58,6 @@ def column_forward_by_warps(
         _bring(K, k, full, b, r, head, NT)
         _bring(V, v, full, b, r, head, NT)
         mbarrier.wait(full.index(0), i & 1)
-        lses = ()
         for n in gl.static_range(NT):
             queries = q.index(n).reshape([W, T, BDQ]).load(left)
             scores = ()
@@ -82,12 +81,11 @@ def column_forward_by_warps(
             total = gl.sum(sums, 2)
             empty = total == 0.0
             some = gl.where(empty, 1.0, total)
-            lses += (gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2),)
+            lse = gl.where(empty, float("-inf"), (top + gl.log2(some)) * LN2)
+            at = (n * T + rows)[None, :] * L + r
+            gl.store(LSE + of_heads + at, lse, mask=at < S)
             o.index(n).reshape([W, T, BDV]).store((acc * (1.0 / some)[:, :, None]).to(dtype))
         fence_async_shared()
         for n in gl.static_range(NT):
             tma.async_copy_shared_to_global(O, [b, r, head, n * T, 0], o.index(n))
-        for n in gl.static_range(NT):  # after the fence, or that would wait for them
-            at = (n * T + rows)[None, :] * L + r
-            gl.store(LSE + of_heads + at, lses[n], mask=at < S)
     tma.store_wait(0)
