@@ -46,6 +46,9 @@ class Recorder:
         return lambda *args, **named: self.launches.append((self.kernel, args, named))
 
 
+COLUMN_BACKWARD = "column_backward_by_roles"
+
+
 def launches(monkeypatch, patterns, S, Dqk, Dv, dtype, capability, B=2, roles=True):
     from sparse_tx.attention.kernels import copies, launch, walks
     from sparse_tx.attention.kernels.plan import plan
@@ -169,12 +172,22 @@ def test_warps_that_work_alone_compile_and_fit_shared_memory(monkeypatch, patter
             assert "mma.sync" in binary.asm["ptx"]
 
 
-@pytest.mark.parametrize("N", [100, 192, 256])
-def test_columns_by_roles_compile_and_fit_shared_memory(monkeypatch, N):
+@pytest.mark.parametrize(("N", "passes"), [(64, 0), (100, 1), (256, 1), (512, 2), (700, 3)])
+def test_columns_by_roles_compile_and_fit_shared_memory(monkeypatch, N, passes):
     found = launches(monkeypatch, (Window(256) | Column(256),) * 2, 256 * N, 64, 64, torch.bfloat16, 90)
     columns = [launch for launch in found if launch[0].__name__.startswith("column")]
-    assert [kernel.__name__ for kernel, _, _ in columns] == ["column_forward_by_roles", "column_backward_by_roles"]
+    assert [kernel.__name__ for kernel, _, _ in columns] == ["column_forward_by_roles"] + [COLUMN_BACKWARD] * passes
     for one in columns:
+        assert compiled(*one, 90).metadata.shared <= SHARED_KIB[90] * 1024
+
+
+@pytest.mark.parametrize("reach", [400, 512, 640])
+def test_windows_of_more_tiles_compile_and_fit_shared_memory(monkeypatch, reach):
+    found = launches(monkeypatch, (Window(reach),) * 2, 4096, 64, 64, torch.bfloat16, 90)
+    windows = [launch for launch in found if launch[0].__name__.endswith("by_roles")]
+    names = ["window_forward_by_roles"] + ["window_backward_by_roles"] * (2 if reach < 576 else 3)
+    assert [kernel.__name__ for kernel, _, _ in windows] == names
+    for one in windows:
         assert compiled(*one, 90).metadata.shared <= SHARED_KIB[90] * 1024
 
 
