@@ -181,7 +181,9 @@ class Shared:
 
 class Barrier:
     """Counts arrivals and bytes; its phase is over when none is missing. Copies that it is told of come when somebody
-    waits for them: what is read without a wait is not there."""
+    waits for them: what is read without a wait is not there. changes: of all barriers so far, all but exactly."""
+
+    changes = 0
 
     def __init__(self):
         self.changed = threading.Condition()
@@ -201,6 +203,7 @@ class Barrier:
             assert self.missing >= count, "more arrivals than a phase has"
             self.missing -= count
             self.bytes += expected
+            Barrier.changes += 1
             self._settle()
 
     def bring(self, copy, nbytes):
@@ -278,11 +281,19 @@ class Late(threading.local):
 late = Late()
 jitter = random.Random(0)
 delay = 0.0  # seconds that a step of a role, or a copy, takes at most: roles overtake each other
+held = 0.0  # the share of copies that come last: when no role gets on without them
+STILL = 0.01  # seconds in which none got on
 
 
 def _pause():
     if delay:
         time.sleep(jitter.random() * delay)
+
+
+def _until_still():
+    before = None
+    while before != (before := Barrier.changes):
+        time.sleep(STILL)
 
 
 def _unchanged(reads, what):
@@ -295,11 +306,15 @@ def _to_shared(descriptor, at, barrier, shared):
     found = descriptor.load(at).data
     shared.data.fill_(float("nan"))
 
+    last = jitter.random() < held
+
     def bring():
         _pause()
+        if last:
+            _until_still()
         barrier.bring(lambda: shared.data.copy_(found), found.numel() * found.element_size())
 
-    if delay:
+    if delay or held:
         threading.Thread(target=bring, daemon=True).start()
     else:
         bring()

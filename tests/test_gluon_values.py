@@ -38,8 +38,9 @@ def relative(a, b):
 def pauses(monkeypatch):
     """Chooses how roles overtake each other."""
 
-    def choose(seed, delay=0.002):
+    def choose(seed, delay=0.002, held=0.0):
         monkeypatch.setattr(emulator, "delay", delay)
+        monkeypatch.setattr(emulator, "held", held)
         monkeypatch.setattr(emulator, "jitter", random.Random(seed))
 
     return choose
@@ -242,6 +243,29 @@ def test_roles_that_overtake_each_other_write_the_same_bits(attention, pauses, c
     first = attention(*given, case[0])
     for seed in range(2):
         pauses(seed)
+        assert all(map(torch.equal, first, attention(*given, case[0])))
+
+
+LATE = [
+    ([Column(2)] * 2, 2 * 128, 64, 64, torch.bfloat16),
+    ([Column(2)], 2 * 300, 64, 64, torch.bfloat16),
+    ([Window(64)] * 2, 64 * 18, 64, 64, torch.bfloat16),
+    ([Window(96) | Column(96)], 96 * 18, 64, 128, torch.bfloat16),
+    ([Window(256)], 64 * 18, 64, 64, torch.bfloat16),
+    ([Window(128)], 64 * 18, 32, 32, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("case", LATE, ids=str)
+def test_copies_that_come_late_are_waited_for(monkeypatch, attention, pauses, case):
+    """However late: a barrier tells its last phase from the next alone, which no role may take one for the other."""
+    from sparse_tx.attention.kernels import walks
+
+    monkeypatch.setattr(walks, "multiprocessors", lambda index: 2)
+    given = inputs(*case, B=3 if isinstance(case[0][0], Column) else 1)
+    first = attention(*given, case[0])
+    for seed in range(3):
+        pauses(seed, delay=0.0, held=0.15)
         assert all(map(torch.equal, first, attention(*given, case[0])))
 
 

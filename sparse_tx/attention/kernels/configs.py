@@ -173,8 +173,9 @@ def _pass(back: int, Dqk: int, Dv: int, outputs: int = 0, stores: int = 1) -> Ro
 # H200, forward and backward with delta, by tiles of their own in brackets: audio's column of 256 entries 80, 156 (125,
 # 335); at 2^20 positions of 8 heads columns of 64 entries 1,072 (1,236) forward, of 512 1,776, 4,387 (2,565, 8,295), of
 # 1,024 8,077 (14,726) backward; ImageNet64's of 96, heads 32 wide, 233 (190). Where memory alone counts, fewer places
-# did better, with which programs beside each other stay together: two tiles, backward, three of queries and two of keys
-# 2,397, four and three 2,620; forward three of queries 1,096, six 1,125.
+# did better, with which programs beside each other stay together: two tiles, backward, three of queries, four of keys
+# 2,433, four and three 2,620 (three and two, 2,397, are not enough: see `column_backward_by_roles`); forward three of
+# queries 1,096, six 1,125.
 ROLES_COLUMNS: dict[tuple[int, int], int] = {(64, 64): 4}
 
 
@@ -188,7 +189,7 @@ def column_roles(N: int, Dqk: int, Dv: int) -> Roles | None:
         found = _pass(own - 1, Dqk, Dv, 2) or _pass(own - 1, Dqk, Dv, 1)
         if found is not None and found.queries > own:
             found = found._replace(registers=found.registers - (8 if own < 4 else 16))  # tiles of dq spill else
-            return found._replace(queries=3, keys=2) if own == 2 else found
+            return found._replace(queries=3, keys=4) if own == 2 else found
     return None
 
 

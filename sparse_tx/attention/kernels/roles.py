@@ -97,6 +97,10 @@ def _weights(
     zero = gl.zeros([BT, BT], gl.float32, layout)
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
+    if WHICH == 1 and before > 0:
+        # Of these keys the other group has the one pair. A barrier tells its last phase from the next alone: this one
+        # must have seen them too, before `_gradients` lets others take their place.
+        mbarrier.wait(kv_full.index(0), 0)
     visit = _visit(WHICH, before, BACK, NQ, NKV)
     lse, delta = numbers_of(LSE, DELTA, (own + AHEAD + visit[1]) * BT + query, S)
     for n in range(WHICH, _pairs_before(before, BACK) + count * (BACK + 1), 2):
@@ -143,6 +147,8 @@ def _gradients(
                     mbarrier.arrive(pair_empty.index((n - 1) % NP), count=1)
             done = warpgroup_mma_wait(0, deps=dqs + (none,))  # noqa: RUF005
             mbarrier.arrive(pair_empty.index((t * (t + 1) // 2 + t) % NP), count=1)
+            if t == 0:  # the second group has seen these keys too
+                mbarrier.wait(pair_full.index(1 % NP), 0)
             mbarrier.arrive(kv_empty.index(t % NKV), count=1)
             sums = done[: t + 1] + sums[t + 1 :]
     first = _pairs_before(before, BACK)

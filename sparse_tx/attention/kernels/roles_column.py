@@ -222,7 +222,10 @@ def column_backward_by_roles(
     queries after FIRST others; LSE, DLSE and DELTA are pointers to (B, H, S).
 
     ADD: to the dk and dv of another pass, of later queries. NQ, NKV, NP, REGISTERS: as of
-    `roles.window_backward_by_roles`; NQ is more than NT. NO: tiles of the output in shared memory at a time.
+    `roles.window_backward_by_roles`; NQ is more than NT. NO: tiles of the output in shared memory at a time. A barrier
+    tells its last phase from the next alone. The last tile of keys of a column has one pair, which one of the groups
+    that make weights sees: of two tiles or less NKV is even, so that the other does not look at its place; of more the
+    other has seen by then that all pairs of the column are done.
     """
     BT: gl.constexpr = Q.block_shape[3]
     BDQ: gl.constexpr = Q.block_shape[4]

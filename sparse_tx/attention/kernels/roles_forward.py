@@ -57,15 +57,14 @@ def _attend(
     query = gl.arange(0, BT, gl.SliceLayout(1, layout))
     key = gl.arange(0, BT, gl.SliceLayout(0, layout))
     zero = gl.zeros([BT, BT], gl.float32, layout)
-    # The tiles before the program's own have fewer queries here. A barrier tells its last phase from the next alone: a
-    # group that looks only at later ones waits for these too and counts as one of the others, the first group as all
-    # that are left.
+    # The tiles before the program's own have fewer queries here: of those before them each group counts its share as
+    # done. A barrier tells its last phase from the next alone: a group that looks only at later tiles of such a place
+    # waits for the first one too.
     for early in gl.static_range(BACK):
-        if WHICH == 0 and max(early, GROUPS - 1) < BACK:
-            mbarrier.arrive(kv_empty.index(early), count=BACK - max(early, GROUPS - 1))
-        if early < WHICH and WHICH <= BACK:
-            mbarrier.wait(kv_full.index(early), 0)
-            mbarrier.arrive(kv_empty.index(early), count=1)
+        if (WHICH + BACK - early) // GROUPS > 0:
+            if early < WHICH:
+                mbarrier.wait(kv_full.index(early), 0)
+            mbarrier.arrive(kv_empty.index(early), count=(WHICH + BACK - early) // GROUPS)
     out = o.index(WHICH).reshape([BT, BDV])
     for i in range(WHICH, count, GROUPS):
         row = (own + i) * BT

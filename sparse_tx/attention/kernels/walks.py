@@ -270,9 +270,10 @@ def _column_by_roles(
     programs, numbers, constants = _along(chain, run, tensors[0], ROLES_TILE, 0)
     described = [descriptor(t, chain, ROLES_TILE)._replace(gluon=True) if len(t.shape) == 4 else t for t in tensors]
     launches: list[Launch] = []
-    end = -(-chain.N // ROLES_TILE)
-    while end > 0:
-        first = max(0, end - chosen.back - 1)
+    end = tiles = -(-chain.N // ROLES_TILE)
+    passes = -(-tiles // (chosen.back + 1))
+    for left in reversed(range(passes)):
+        first = tiles * left // passes
         launch = Launch(
             column_backward_by_roles, programs, *described, *numbers, scale * LOG2E.value, scale,
             **constants | {"FIRST": first, "NT": end - first}, NQ=chosen.queries, NKV=chosen.keys, NP=chosen.pairs,
