@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparse_tx.attention.kernels.pairs import leave_weights, scores_of, written
 from sparse_tx.attention.kernels.roles_numbers import numbers
 from sparse_tx.attention.kernels.shared_memory import barriers, bring, bring_two
-from sparse_tx.attention.kernels.tiles import column_turns, column_unit
+from sparse_tx.attention.kernels.tiles import column_turns, own_column
 
 
 @gluon.jit
@@ -60,7 +60,7 @@ def _bring_queries(
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(column_turns(units)):
-        b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
+        b, h, column = own_column(c, heads, L)
         for i in gl.static_range(NT):
             row = (FIRST + i) * BT
             bring_two(Q, G, q, g, q_full, q_empty, [b, h0 + h, column, row, 0], c * NT + i, NQ)
@@ -77,11 +77,11 @@ def _bring_keys(
     LATER: gl.constexpr = 2 if ADD else 0
     for m in range(column_turns(units) * TILES + LATER):
         if m < column_turns(units) * TILES:
-            b, h, column = column_unit(m // TILES, gl.program_id(0), gl.num_programs(0), heads, L)
+            b, h, column = own_column(m // TILES, heads, L)
             bring_two(K, V, k, v, kv_full, kv_empty, [b, h0 + h, column, m % TILES * BT, 0], m, NKV)
         if ADD and m >= LATER:
             n = m - LATER
-            b, h, column = column_unit(n // TILES, gl.program_id(0), gl.num_programs(0), heads, L)
+            b, h, column = own_column(n // TILES, heads, L)
             bring_two(DK, DV, dk_at, dv_at, old_full, old_empty, [b, h0 + h, column, n % TILES * BT, 0], n, 1)
 
 
@@ -113,13 +113,14 @@ def _weights(
 
 @gluon.jit
 def _of_keys(
-    q, k, g, weights, scores, sums, q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_empty, keys, i, n,
+    DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, sums,
+    q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
+    b, head, column, t, keys, i, n, softmax_scale,
     BT: gl.constexpr, BDQ: gl.constexpr, BDV: gl.constexpr, DONE: gl.constexpr, NQ: gl.constexpr, NKV: gl.constexpr,
     NP: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys, and dq in `sums` of as many tiles of queries, from the i-th on: pairs n and on.
-
-    DONE: whether these are the last keys that the first of the queries sees.
+    """dk and dv of tile t of a column, the program's tile `keys`, from pair n on. sums: dq so far of as many tiles of
+    queries, from the i-th on; returned with these keys, less that of the first if they are its last (DONE).
     """
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDV, 16])
@@ -152,7 +153,20 @@ def _of_keys(
         mbarrier.arrive(q_empty.index(i % NQ), count=1)
     mbarrier.arrive(pair_empty.index((n + TILES - 1) % NP), count=1)
     mbarrier.arrive(kv_empty.index(keys % NKV), count=1)
-    return done
+    if ADD:
+        mbarrier.wait(old_full.index(0), keys & 1)
+    else:
+        tma.store_wait(0)
+    if DONE:
+        written(dq_at.index(0), done[2] * softmax_scale, False)
+    written(dk_at.index(0), done[0] * softmax_scale, ADD)
+    written(dv_at.index(0), done[1], ADD)
+    fence_async_shared()
+    if DONE:
+        tma.async_copy_shared_to_global(DQ, [b, head, column, t * BT, 0], dq_at.index(0))
+    tma.async_copy_shared_to_global(DK, [b, head, column, t * BT, 0], dk_at.index(0))
+    tma.async_copy_shared_to_global(DV, [b, head, column, t * BT, 0], dv_at.index(0))
+    return done[3 if DONE else 2 :]
 
 
 @gluon.jit
@@ -167,47 +181,26 @@ def _gradients(
     PAIRS: gl.constexpr = FIRST * NT + NT * (NT + 1) // 2
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BDQ, 16])
     for c in range(column_turns(units)):
-        b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
+        b, h, column = own_column(c, heads, L)
         head = h0 + h
         sums = ()
         for _ in gl.static_range(NT):
             sums += (gl.zeros([BT, BDQ], gl.float32, narrow),)
         for t in range(FIRST):
-            keys = c * (FIRST + NT) + t
-            done = _of_keys(
-                q, k, g, weights, scores, sums, q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_empty,
-                keys, c * NT, c * PAIRS + t * NT, BT, BDQ, BDV, False, NQ, NKV, NP, ADD,
+            sums = _of_keys(
+                DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, sums,
+                q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
+                b, head, column, t, c * (FIRST + NT) + t, c * NT, c * PAIRS + t * NT, softmax_scale,
+                BT, BDQ, BDV, False, NQ, NKV, NP, ADD,
             )  # fmt: skip
-            if ADD:
-                mbarrier.wait(old_full.index(0), keys & 1)
-            else:
-                tma.store_wait(0)
-            written(dk_at.index(0), done[0] * softmax_scale, ADD)
-            written(dv_at.index(0), done[1], ADD)
-            fence_async_shared()
-            tma.async_copy_shared_to_global(DK, [b, head, column, t * BT, 0], dk_at.index(0))
-            tma.async_copy_shared_to_global(DV, [b, head, column, t * BT, 0], dv_at.index(0))
-            sums = done[2:]
         for i in gl.static_range(NT):
-            keys = c * (FIRST + NT) + FIRST + i
-            done = _of_keys(
-                q, k, g, weights, scores, sums, q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_empty,
-                keys, c * NT + i, c * PAIRS + FIRST * NT + i * NT - i * (i - 1) // 2,
-                BT, BDQ, BDV, True, NQ, NKV, NP, ADD,
+            t = FIRST + i
+            sums = _of_keys(
+                DQ, DK, DV, q, k, g, weights, scores, dq_at, dk_at, dv_at, sums,
+                q_full, q_empty, kv_full, kv_empty, pair_full, pair_empty, old_full, old_empty,
+                b, head, column, t, c * (FIRST + NT) + t, c * NT + i, c * PAIRS + t * NT - i * (i - 1) // 2,
+                softmax_scale, BT, BDQ, BDV, True, NQ, NKV, NP, ADD,
             )  # fmt: skip
-            if ADD:
-                mbarrier.wait(old_full.index(0), keys & 1)
-            else:
-                tma.store_wait(0)
-            written(dq_at.index(0), done[2] * softmax_scale, False)
-            written(dk_at.index(0), done[0] * softmax_scale, ADD)
-            written(dv_at.index(0), done[1], ADD)
-            fence_async_shared()
-            row = (FIRST + i) * BT
-            tma.async_copy_shared_to_global(DQ, [b, head, column, row, 0], dq_at.index(0))
-            tma.async_copy_shared_to_global(DK, [b, head, column, row, 0], dk_at.index(0))
-            tma.async_copy_shared_to_global(DV, [b, head, column, row, 0], dv_at.index(0))
-            sums = done[3:]
     tma.store_wait(0)
 
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparse_tx.attention.kernels.pairs import only_seen, softmax_step
 from sparse_tx.attention.kernels.shared_memory import barriers, bring, bring_two
-from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit
+from sparse_tx.attention.kernels.tiles import LN2, column_turns, own_column
 
 
 @gluon.jit
@@ -29,7 +29,7 @@ def _bring(
 ):  # fmt: skip
     BT: gl.constexpr = Q.block_shape[3]
     for c in range(column_turns(units)):
-        b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
+        b, h, column = own_column(c, heads, L)
         for i in gl.static_range(NT):
             bring_two(K, V, k, v, kv_full, kv_empty, [b, h0 + h, column, i * BT, 0], c * NT + i, NC * NT)
             bring(Q, q, q_full, q_empty, [b, h0 + h, column, i * BT, 0], c * NT + i, NQ)
@@ -52,7 +52,7 @@ def _attend(
     for turn in range(WHICH, column_turns(units) * NT, GROUPS):
         c = turn // NT
         i = turn % NT
-        b, h, column = column_unit(c, gl.program_id(0), gl.num_programs(0), heads, L)
+        b, h, column = own_column(c, heads, L)
         head = h0 + h
         rows = (i * BT + query) * L + column
         of_head = (b.to(gl.int64) * H + head) * S

@@ -70,12 +70,8 @@ def _bring_old(
     if ADD:
         BT: gl.constexpr = DQ.block_shape[3]
         for m in range(count):
-            group = m % GROUPS
             row = gl.where(first + m >= own, (first + m) * BT, N)  # of a program's own tiles
-            mbarrier.wait(old_empty.index(group), (m // GROUPS & 1) ^ 1)
-            mbarrier.expect(old_full.index(group), 2 * BT * (DK.block_shape[4] + DV.block_shape[4]))
-            tma.async_copy_global_to_shared(DK, [b, head, 0, row, 0], old_full.index(group), dk_at.index(group))
-            tma.async_copy_global_to_shared(DV, [b, head, 0, row, 0], old_full.index(group), dv_at.index(group))
+            bring_two(DK, DV, dk_at, dv_at, old_full, old_empty, [b, head, 0, row, 0], m, GROUPS)
             mbarrier.wait(old_empty.index(GROUPS), (m & 1) ^ 1)
             mbarrier.expect(old_full.index(GROUPS), 2 * BT * DQ.block_shape[4])
             tma.async_copy_global_to_shared(DQ, [b, head, 0, row, 0], old_full.index(GROUPS), dq_at)

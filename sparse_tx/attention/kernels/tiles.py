@@ -151,3 +151,9 @@ def column_unit(turn, first, step, heads, L: tl.constexpr):
     unit = turn * step + first
     column = unit // heads
     return column // L, unit % heads, column % L
+
+
+@triton.jit
+def own_column(turn, heads, L: tl.constexpr):
+    """As `column_unit`, of this program, of as many as `column_turns` tells."""
+    return column_unit(turn, tl.program_id(0), tl.num_programs(0), heads, L)

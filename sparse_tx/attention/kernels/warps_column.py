@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sparse_tx.attention.kernels.shared_memory import barriers
-from sparse_tx.attention.kernels.tiles import LN2, column_turns, column_unit, pair_is_masked, pair_seen
+from sparse_tx.attention.kernels.tiles import LN2, column_turns, own_column, pair_is_masked, pair_seen
 
 
 @gluon.jit
@@ -49,7 +49,7 @@ def column_forward_by_warps(
     key = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     zero = gl.zeros([W, T, T], gl.float32, layout)
     for i in range(column_turns(units)):
-        b, group, r = column_unit(i, gl.program_id(0), gl.num_programs(0), groups, L)
+        b, group, r = own_column(i, groups, L)
         head = h0 + group * W
         of_heads = ((b.to(gl.int64) * H + (head + local).to(gl.int64)) * S)[:, None]
         tma.store_wait(0)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparse_tx.attention.kernels.shared_memory import barriers, block_descriptor
+from sparse_tx.attention.kernels.shared_memory import barriers, block_descriptor, bring
 from sparse_tx.model.activation import activated
 from sparse_tx.model.decode_kernels.configs import Between
 
@@ -44,14 +44,6 @@ def wait_for_previous(DEPENDENT: gl.constexpr):
 
 
 @gluon.jit
-def _tile(W, row, column, i, ring, full, empty, STAGES: gl.constexpr):
-    at = i % STAGES
-    mbarrier.wait(empty.index(at), (i // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(at), 2 * W.block_shape[0] * W.block_shape[1])
-    tma.async_copy_global_to_shared(W, [row, column], full.index(at), ring.index(at))
-
-
-@gluon.jit
 def _bring(
     OUT, W, W1, W2, W3, ring, x, full, empty, x_full, first,
     PARTS: gl.constexpr, GROUPS: gl.constexpr, NEXT: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
@@ -61,20 +53,20 @@ def _bring(
     DEPTH: gl.constexpr = W.block_shape[1]
     HIDDEN: gl.constexpr = WIDE // DEPTH
     for part in gl.static_range(PARTS):
-        _tile(W, 0, part * DEPTH, part, ring, full, empty, STAGES)
+        bring(W, ring, full, empty, [0, part * DEPTH], part, STAGES)
     wait_for_previous(DEPENDENT)
     mbarrier.expect(x_full.index(0), 2 * OUT.block_shape[0] * OUT.block_shape[1])
     tma.async_copy_global_to_shared(OUT, [first, 0], x_full.index(0), x)
     for group in range(GROUPS):
         i = PARTS + group * (PARTS + HIDDEN)
         for part in gl.static_range(PARTS):
-            _tile(W1, group * WIDE, part * DEPTH, i + part, ring, full, empty, STAGES)
+            bring(W1, ring, full, empty, [group * WIDE, part * DEPTH], i + part, STAGES)
         for part in gl.static_range(HIDDEN):
-            _tile(W2, 0, group * WIDE + part * DEPTH, i + PARTS + part, ring, full, empty, STAGES)
+            bring(W2, ring, full, empty, [0, group * WIDE + part * DEPTH], i + PARTS + part, STAGES)
     for group in range(NEXT):
         i = PARTS + GROUPS * (PARTS + HIDDEN) + group * PARTS
         for part in gl.static_range(PARTS):
-            _tile(W3, group * WIDE, part * DEPTH, i + part, ring, full, empty, STAGES)
+            bring(W3, ring, full, empty, [group * WIDE, part * DEPTH], i + part, STAGES)
 
 
 @gluon.jit

@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparse_tx.attention.kernels import has_roles, multiprocessors
-from sparse_tx.attention.kernels.shared_memory import block_descriptor
+from sparse_tx.attention.kernels.shared_memory import barriers, block_descriptor, bring
 from sparse_tx.model.activation import activated_and_slope
 from sparse_tx.model.fused import WIDEST, products
 from sparse_tx.model.fused.norm import total
@@ -84,10 +84,7 @@ def _bring(
         mbarrier.expect(da_full.index(at), PARTS * BM * BK * 2)
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(DA, [row, part * BK], da_full.index(at), da.index(at * PARTS + part))
-        at = i % TILES
-        mbarrier.wait(u_empty.index(at), (i // TILES & 1) ^ 1)
-        mbarrier.expect(u_full.index(at), BM * BN * 2)
-        tma.async_copy_global_to_shared(U, [row, column], u_full.index(at), u.index(at))
+        bring(U, u, u_full, u_empty, [row, column], i, TILES)
 
 
 @gluon.jit
@@ -191,22 +188,12 @@ def contract_backward_by_roles(
     w = gl.allocate_shared_memory(DA.dtype, [PARTS, BK, BN], W.layout)
     u = gl.allocate_shared_memory(DA.dtype, [TILES, BM, BN], U.layout)
     y = gl.allocate_shared_memory(DA.dtype, [TILES, BM, BN], U.layout)
-    da_full = gl.allocate_shared_memory(gl.int64, [DA_TILES, 1], mbarrier.MBarrierLayout())
+    da_full, w_full = barriers(DA_TILES), barriers(1)
     da_empty = gl.allocate_shared_memory(gl.int64, [DA_TILES, 1], mbarrier.MBarrierLayout())
-    u_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    u_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    y_full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    y_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(DA_TILES):
-        mbarrier.init(da_full.index(i), count=1)
         mbarrier.init(da_empty.index(i), count=2)  # one group that makes du, and the one that adds to dW2
-    for i in gl.static_range(TILES):
-        mbarrier.init(u_full.index(i), count=1)
-        mbarrier.init(u_empty.index(i), count=1)
-        mbarrier.init(y_full.index(i), count=1)
-        mbarrier.init(y_empty.index(i), count=1)
-    mbarrier.init(w_full.index(0), count=1)
+    u_full, u_empty = barriers(TILES), barriers(TILES)
+    y_full, y_empty = barriers(TILES), barriers(TILES)
     fence_async_shared()
     first = gl.program_id(0) // across
     column = gl.program_id(0) % across * BN
@@ -355,18 +342,9 @@ def hidden_gradient_by_roles(
     y = u
     if AGAIN:
         y = gl.allocate_shared_memory(DA.dtype, [GROUPS, BM, HALF], U.layout)
-    da_full = gl.allocate_shared_memory(gl.int64, [GROUPS * SLICES, 1], mbarrier.MBarrierLayout())
-    da_empty = gl.allocate_shared_memory(gl.int64, [GROUPS * SLICES, 1], mbarrier.MBarrierLayout())
-    u_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    u_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(GROUPS * SLICES):
-        mbarrier.init(da_full.index(i), count=1)
-        mbarrier.init(da_empty.index(i), count=1)
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(u_full.index(i), count=1)
-        mbarrier.init(u_empty.index(i), count=1)
-    mbarrier.init(w_full.index(0), count=1)
+    da_full, da_empty = barriers(GROUPS * SLICES), barriers(GROUPS * SLICES)
+    u_full, u_empty = barriers(GROUPS), barriers(GROUPS)
+    w_full = barriers(1)
     fence_async_shared()
     first = gl.program_id(0) // across
     column = gl.program_id(0) % across * BN
